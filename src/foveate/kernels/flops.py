@@ -1,0 +1,94 @@
+"""FLOP formulas of attention, and a counter that knows the operators torch's own counter misses.
+
+torch's `FlopCounterMode` reports 0 for the fused attention operator of CPUs. Its table is a process-wide
+registry; nothing here writes to it (importing foveate changes no other program's numbers). The formulas
+are handed to one counter at a time instead: `with FlopCounter() as count: ...; count.get_total_flops()`.
+
+One multiply-add counts as 2. A masked or causal call counts as dense, as torch's own formulas do for CUDA:
+these formulas count what an operator was asked to multiply, `explain` counts what a pattern needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# Matrix products over all computed pairs. The forward has two (q k^T and weights v). A backward that
+# recomputes the logits has five: logits, d weights, dv, dq, dk. One that kept the weights has four.
+FORWARD_PRODUCTS = 2
+BACKWARD_PRODUCTS = 5
+BACKWARD_PRODUCTS_STORED = 4
+
+
+def attention_flops(pairs: int, d: int, d_v: int) -> int:
+    """Return the FLOPs of the forward: `pairs` products of length `d` and as many of length `d_v`.
+
+    Args:
+        pairs: (query, key) pairs that are multiplied, over batch and query heads.
+        d: length of a query and a key.
+        d_v: length of a value.
+    """
+    return 2 * pairs * (d + d_v)
+
+
+def attention_backward_flops(pairs: int, d: int, d_v: int, *, recompute: bool = True) -> int:
+    """Return the FLOPs of the backward.
+
+    Args:
+        pairs: (query, key) pairs that are multiplied, over batch and query heads.
+        d: length of a query and a key.
+        d_v: length of a value.
+        recompute: whether the logits are computed again (fused kernels) or the weights were kept.
+    """
+    # dq and dk (and the logits once more): d; d weights and dv: d_v.
+    return 2 * pairs * ((3 if recompute else 2) * d + 2 * d_v)
+
+
+def _forward_formula(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__) -> int:
+    """FLOPs of `_scaled_dot_product_flash_attention_for_cpu` from (b, h, n, d) shapes."""
+    pairs = math.prod(query[:-1]) * key[-2]
+    return attention_flops(pairs, query[-1], value[-1])
+
+
+def _backward_formula(
+    grad_out: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__
+) -> int:
+    """FLOPs of `_scaled_dot_product_flash_attention_for_cpu_backward`."""
+    pairs = math.prod(query[:-1]) * key[-2]
+    return attention_backward_flops(pairs, query[-1], value[-1])
+
+
+def formulas() -> dict[Any, Callable[..., int]]:
+    """Return {operator: formula} for what torch's counter does not know, in its `custom_mapping` form."""
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: _forward_formula,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_formula,
+    }
+
+
+class FlopCounter(FlopCounterMode):
+    """torch's `FlopCounterMode` with the missing formulas, for the code inside one `with` block.
+
+    Args:
+        mods: modules to report separately (torch finds them by itself, kept for its signature).
+        depth: how deep the module table goes.
+        display: whether the table is printed at exit; off, unlike torch's.
+        custom_mapping: further formulas; they win over ours.
+    """
+
+    def __init__(self, mods=None, depth: int = 2, display: bool = False, custom_mapping=None):
+        super().__init__(
+            mods=mods, depth=depth, display=display, custom_mapping={**formulas(), **(custom_mapping or {})}
+        )
+
+
+def count_flops(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Call `fn(*args, **kwargs)` once and return the FLOPs of the operators it ran (backward included)."""
+    with FlopCounter() as counter:
+        fn(*args, **kwargs)
+    return counter.get_total_flops()

@@ -1,0 +1,67 @@
+"""The FLOP counter against the same mathematics written with matrix products, which torch does count."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from foveate.kernels.flops import (
+    FlopCounter,
+    attention_backward_flops,
+    attention_flops,
+    count_flops,
+    formulas,
+)
+
+
+def _plain(q, k, v):
+    return torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, -1) @ v
+
+
+@pytest.mark.parametrize(
+    ("b", "h", "n_q", "n_k", "d", "d_v"), [(1, 2, 16, 16, 8, 8), (3, 1, 5, 9, 16, 16), (2, 4, 7, 3, 4, 4)]
+)
+def test_fused_forward_equals_plain_products(b, h, n_q, n_k, d, d_v):
+    q, k, v = torch.randn(b, h, n_q, d), torch.randn(b, h, n_k, d), torch.randn(b, h, n_k, d_v)
+    plain = count_flops(_plain, q, k, v)
+    assert count_flops(scaled_dot_product_attention, q, k, v) == plain
+    assert attention_flops(b * h * n_q * n_k, d, d_v) == plain
+
+
+def test_fused_backward_is_the_plain_one_with_the_logits_again():
+    def run(fn):
+        q, k, v = (torch.randn(2, 3, 10, 8, requires_grad=True) for _ in range(3))
+        with FlopCounter() as forward:
+            out = fn(q, k, v)
+        return count_flops(out.sum().backward), forward.get_total_flops()
+
+    fused, forward = run(scaled_dot_product_attention)
+    plain, plain_forward = run(_plain)
+    assert forward == plain_forward
+    assert fused == plain + forward // 2
+    pairs = 2 * 3 * 10 * 10
+    assert fused == attention_backward_flops(pairs, 8, 8)
+    assert plain == attention_backward_flops(pairs, 8, 8, recompute=False)
+
+
+def test_a_mask_does_not_change_the_count():
+    q = torch.randn(1, 2, 6, 8)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    assert count_flops(scaled_dot_product_attention, q, q, q, attn_mask=mask) == attention_flops(72, 8, 8)
+
+
+def test_torch_misses_it_and_stays_unpatched():
+    q = torch.randn(1, 2, 6, 8)
+    with FlopCounterMode(display=False) as theirs:
+        scaled_dot_product_attention(q, q, q)
+    # The day torch counts this by itself, our formulas can go.
+    assert theirs.get_total_flops() == 0
+    assert not set(formulas()) & set(flop_registry)
+
+
+def test_own_formulas_win():
+    op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    q = torch.randn(1, 1, 4, 4)
+    with FlopCounter(custom_mapping={op: lambda *a, **k: 7}) as counter:
+        scaled_dot_product_attention(q, q, q)
+    assert counter.get_total_flops() == 7
