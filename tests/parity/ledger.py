@@ -34,7 +34,7 @@ LEDGER: tuple[Entry, ...] = ()
 def find(vector: str, tensor: str, config: dict[str, Any], ledger: tuple[Entry, ...]) -> Entry | None:
     """Return the entry that covers a tensor of a vector, if any."""
     for entry in ledger:
-        if fnmatchcase(vector, entry.vector) and fnmatchcase(tensor, entry.tensor):
-            if entry.applies is None or entry.applies(config):
-                return entry
+        named = fnmatchcase(vector, entry.vector) and fnmatchcase(tensor, entry.tensor)
+        if named and (entry.applies is None or entry.applies(config)):
+            return entry
     return None

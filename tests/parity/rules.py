@@ -15,6 +15,8 @@ MOVES = {
     *("reshape_as", "expand_as", "narrow", "select", "item", "tolist", "requires_grad_", "copy_"),
 }
 COMPUTES = {name for name in {*dir(torch.Tensor), *dir(functional)} if not name.startswith("__")} - MOVES
+# Functions of configuration that give configuration.
+HARMLESS = {"int", "float", "round", "abs", "max", "min", "tuple", "list", "sum", "Grid"}
 # Names shared by tensors and by dictionaries, strings, modules or vectors.
 COMPUTES -= {"get", "items", "keys", "values", "index", "count", "split", "names", "type", "train", "name"}
 
@@ -42,15 +44,20 @@ def violations(source: str) -> list[str]:
                 found.append(f"line {line}: arithmetic on something that is not configuration")
         elif isinstance(node, ast.AugAssign | ast.MatMult):
             found.append(f"line {line}: arithmetic in place")
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Invert):
-            if not _is_integer(node.operand, integers):
-                found.append(f"line {line}: a sign on something that is not configuration")
-        elif isinstance(node, ast.Attribute):
-            if isinstance(node.value, ast.Name) and node.value.id == "torch":
-                if node.attr not in TORCH_NAMES:
-                    found.append(f"line {line}: torch.{node.attr}")
+        elif (
+            isinstance(node, ast.UnaryOp)
+            and not isinstance(node.op, ast.Not)
+            and not _is_integer(node.operand, integers)
+        ):
+            found.append(f"line {line}: a sign on something that is not configuration")
+        elif isinstance(node, ast.Attribute) and _is_module(node.value, ("torch",)):
+            found += [f"line {line}: torch.{node.attr}"] if node.attr not in TORCH_NAMES else []
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in COMPUTES and not _is_module(node.func.value, ("math", "torch")):
+            ours = _is_module(node.func.value, ("math", "torch", "vector")) or (
+                # `module.where(grid)` gives a pattern; a tensor's `where` needs two arguments.
+                node.func.attr == "where" and len(node.args) == 1
+            )
+            if node.func.attr in COMPUTES and not ours:
                 found.append(f"line {line}: .{node.func.attr}(...) computes")
     return found
 
@@ -73,20 +80,30 @@ def _is_integer(node: ast.AST, names: set[str]) -> bool:
             return True
         case ast.Name(id=name):
             return name in names
+        case ast.Starred(value=value):
+            return _is_integer(value, names) or _is_config(value, names)
+        case ast.Tuple(elts=elements) | ast.List(elts=elements):
+            return all(_is_integer(e, names) for e in elements)
         case ast.BinOp(left=left, right=right):
             return _is_integer(left, names) and _is_integer(right, names)
+        case ast.BoolOp(values=values):
+            return all(_is_integer(v, names) for v in values)
         case ast.UnaryOp(operand=operand):
             return _is_integer(operand, names)
+        case ast.IfExp(body=body, orelse=orelse):
+            return _is_integer(body, names) and _is_integer(orelse, names)
         case ast.Subscript(value=value):
             return _is_config(value, names)
-        case ast.Call(func=ast.Attribute(value=value, attr="get" | "size" | "numel" | "dim" | "ndim")):
-            return _is_config(value, names) or node.func.attr != "get"
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="math")), args=args):
-            return all(_is_integer(a, names) for a in args)
+        case ast.Call(func=ast.Attribute(attr="size" | "numel" | "dim")):
+            return True
+        case ast.Call(func=ast.Attribute(value=value, attr="get")):
+            return _is_config(value, names)
         case ast.Call(func=ast.Name(id="len")):
             return True
-        case ast.Call(func=ast.Name(id="int" | "round" | "max" | "min" | "float"), args=args):
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="math")), args=args):
             return all(_is_integer(a, names) for a in args)
+        case ast.Call(func=ast.Name(id=name), args=args) if name in HARMLESS:
+            return all(_is_integer(a, names) or _is_config(a, names) for a in args)
         case ast.Attribute(attr="ndim"):
             return True
     return False

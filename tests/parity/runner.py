@@ -41,7 +41,18 @@ def parts_of(key: str) -> dict[str, Adapter]:
     name = f"tests.parity.adapters.{key}"
     if not key.isidentifier() or find_spec(name) is None:
         return {}
-    return import_module(name).PARTS
+    try:
+        return import_module(name).PARTS
+    except Exception as broken:
+        # One broken adapter must fail its own files, not hide the report on all others.
+        return {"": _raising(broken), "*": _raising(broken)}
+
+
+def _raising(error: Exception) -> Adapter:
+    def adapter(vector: Vector) -> Mapping[str, Tensor]:
+        raise error
+
+    return adapter
 
 
 def adapter_for(path: Path) -> Adapter | None:

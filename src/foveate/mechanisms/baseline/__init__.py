@@ -1,0 +1,1 @@
+"""What everything is compared with: dense attention."""

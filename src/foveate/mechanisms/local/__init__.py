@@ -1,0 +1,1 @@
+"""Static neighbourhoods and windows on a grid."""

@@ -1,0 +1,171 @@
+"""Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light.
+arXiv 2504.16922, 2025.
+
+Neighborhood attention with one more number per axis, the stride: `stride` consecutive tokens share the window of
+their leader. Stride 1 is neighborhood attention, stride = window is blocked (window) attention, and in between
+windows move in steps, which lines them up with the tiles a kernel works in: then no tile is partly wasted and the
+saving in pairs becomes a saving in time.
+
+    along an axis, inside a dilation group of length L, with window K and stride s:
+    leader l = min(p // s * s + s // 2, L - 1),   keys of p: [a, a + K),  a = clamp(l - K // 2, 0, L - K)
+    causal:  l = min(p // s * s + s - 1, L - 1),  keys of p: [max(l - K + 1, 0), p + 1)
+    out_i  = sum_{j in A(i)} softmax_j(q_i . k_j / sqrt(D)) v_j           q, k, v, out (B, H, N, D)
+
+`simulate` answers, before anything runs, how much of that saving a tiling keeps.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foveate.core.grid import Grid
+from foveate.core.registry import system
+from foveate.mechanisms.local.fused_neighborhood_attention import NeighborhoodAttention, PerAxis
+from foveate.patterns.grids import Neighborhood
+
+# Window and stride per axis for 1-, 2- and 3-d grids: a power of two of keys, in steps of half a window.
+DEFAULTS = {1: (64, 32), 2: (8, 4), 3: (4, 2)}
+
+
+@system(
+    key="generalized_neighborhood",
+    title="Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light",
+    arxiv="2504.16922",
+    year=2025,
+    family="local",
+    role="pattern",
+    cost="O(N K C), K = prod(window)",
+    fidelity="vectors",
+    causal="optional",
+    sizes="every axis at least window * dilation",
+)
+class GeneralizedNeighborhoodAttention(NeighborhoodAttention):
+    """Multi-head neighborhood attention whose windows move in strides.
+
+    Args:
+        dim: channels C.
+        heads: number of heads; must divide `dim`.
+        window: keys per axis; an integer serves grids of any number of axes.
+        stride: tokens that share a window, per axis, 1 to `window`.
+        dilation, causal, qkv_bias, scale, backend: as in `NeighborhoodAttention`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int,
+        window: PerAxis = 8,
+        stride: PerAxis = 4,
+        dilation: PerAxis = 1,
+        causal: bool | Sequence[bool] = False,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__(
+            dim=dim,
+            heads=heads,
+            window=window,
+            dilation=dilation,
+            causal=causal,
+            qkv_bias=qkv_bias,
+            scale=scale,
+            backend=backend,
+        )
+        self.stride = stride
+
+    @classmethod
+    def for_workload(
+        cls, *, dim: int, grid: Grid, heads: int, causal: bool = False
+    ) -> "GeneralizedNeighborhoodAttention":
+        """Return a window of 8 x 8 in strides of 4 (on images), cut to the axes of `grid`."""
+        window, stride = DEFAULTS[grid.ndim]
+        return cls(
+            dim=dim,
+            heads=heads,
+            window=tuple(min(window, size) for size in grid),
+            stride=tuple(min(stride, size) for size in grid),
+            causal=causal,
+        )
+
+    def where(self, grid: Grid) -> Neighborhood:
+        """Return the pattern on `grid`.
+
+        Raises:
+            ArgumentError: naming `window`, `stride`, `dilation` or `causal` when it does not fit the grid.
+        """
+        return Neighborhood(grid, self.window, dilation=self.dilation, stride=self.stride, causal=self.causal)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"{super().extra_repr()}, stride={self.stride}"
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a tiling makes of a neighborhood.
+
+    Attributes:
+        visited: key tiles visited, over all query tiles.
+        dense: key tiles dense attention would visit.
+        perfect: whether every visited tile is needed entirely ("fully block-sparse").
+    """
+
+    visited: int
+    dense: int
+    perfect: bool
+
+    @property
+    def bound(self) -> float:
+        """Upper bound of the speed-up over dense attention with the same tiles."""
+        return self.dense / self.visited
+
+
+def simulate(where: Neighborhood, query_tile: PerAxis, key_tile: PerAxis) -> Simulation:
+    """Count the key tiles that multi-dimensional tiles of queries visit (our derivation of NATTENSim).
+
+    Tiles start at the origin of the grid; with dilation, at the origin of each dilation group, as kernels
+    that permute tokens into groups do. O(sum of the axes), whatever the number of tokens.
+
+    Args:
+        where: the neighborhood.
+        query_tile: queries of a tile, per axis.
+        key_tile: keys of a tile, per axis.
+    """
+    tiles_q, tiles_k = (
+        where.grid.per_axis(query_tile, "query_tile"),
+        where.grid.per_axis(key_tile, "key_tile"),
+    )
+    visited, dense, perfect = 1, 1, True
+    axes = where.axes(where.grid.numel, where.grid.numel)
+    assert axes is not None
+    for rule, length, dilation, tq, tk in zip(
+        axes, where.grid, where.dilation, tiles_q, tiles_k, strict=True
+    ):
+        seen = every = 0
+        for group in range(dilation):
+            # Keys as positions inside the dilation group.
+            first = [(s - group) // dilation for s in rule.start[group::dilation].tolist()]
+            last = [f + c for f, c in zip(first, rule.count[group::dilation].tolist(), strict=True)]
+            keys = math.ceil((length - group) / dilation)
+            for begin in range(0, len(first), tq):
+                starts, stops = first[begin : begin + tq], last[begin : begin + tq]
+                lo, hi = min(starts) // tk, math.ceil(max(stops) / tk)
+                seen += hi - lo
+                perfect &= max(starts) <= lo * tk and min(stops) >= min(hi * tk, keys)
+            every += math.ceil(len(first) / tq) * math.ceil(keys / tk)
+        visited, dense = visited * seen, dense * every
+    return Simulation(visited, dense, perfect)
+
+
+def block_sparse_strides(where: Neighborhood, query_tile: PerAxis, key_tile: PerAxis) -> Sequence[int]:
+    """Return the strides (the same on every axis) that make a neighborhood fully block-sparse, ascending."""
+    widest = min(where.window)
+    return [
+        s
+        for s in range(1, widest + 1)
+        if simulate(
+            Neighborhood(where.grid, where.window, where.dilation, s, where.causal), query_tile, key_tile
+        ).perfect
+    ]

@@ -1,0 +1,47 @@
+"""The learned relative position bias of local attention: one number per head and offset."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from foveate.core.grid import Grid
+from foveate.scores.relative import RelativeTable
+
+
+class RelativeBias(nn.Module):
+    """A table (heads, 2*w0 - 1, 2*w1 - 1, ...) over the offsets inside a window, added to the logits.
+
+    Args:
+        heads: number of heads.
+        window: window size per axis.
+        sign: which offset indexes the table, "key-query" or "query-key"; offset 0 is the middle entry.
+        step: offsets are counted in steps of this many tokens, per axis (dilation).
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        window: Sequence[int],
+        *,
+        sign: Literal["key-query", "query-key"] = "key-query",
+        step: int | Sequence[int] = 1,
+    ):
+        super().__init__()
+        self.heads, self.window, self.sign, self.step = heads, tuple(window), sign, step
+        self.table = nn.Parameter(torch.empty(heads, *(2 * w - 1 for w in self.window)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the table from a truncated normal with standard deviation 0.02, as the papers do."""
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, grid: Grid) -> RelativeTable:
+        """Return the score for tokens on `grid`."""
+        table: Tensor = self.table
+        return RelativeTable(table, grid, sign=self.sign, step=self.step)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return f"heads={self.heads}, window={self.window}, sign={self.sign!r}, step={self.step}"
