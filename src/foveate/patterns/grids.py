@@ -122,8 +122,8 @@ class Neighborhood(GridPattern):
     NATTEN's definition (arXiv 2204.07143, 2209.15001, 2403.04690, 2504.16922). Along an axis, inside the
     dilation group of the token (the positions congruent to it modulo `dilation`): `stride` consecutive tokens
     share the window of their leader, an even window reaches one further to the left, and at the border the
-    window is moved inside, so that it always has exactly `window` keys. A causal axis sees the window that ends
-    at the last token of its stride group, cut off after the query: 1 to `window` keys.
+    window is moved inside, so that it always has exactly `window` keys. A causal axis sees the window that
+    ends at the last token of its stride group, cut off after the query: 1 to `window` keys.
 
     Args:
         grid: token geometry, a `Grid` or its sizes.
@@ -179,8 +179,8 @@ class Windows(GridPattern):
     """Tokens attend inside non-overlapping windows, moved by `shift` (Swin, arXiv 2103.14030).
 
     Along each axis the windows are [0, shift), [shift, shift + size), ...: what Swin's cyclic shift and its
-    mask amount to, as regions that were wrapped around do not mix. The last window is smaller when sizes don't
-    divide.
+    mask amount to, as regions that were wrapped around do not mix. The last window is smaller when sizes
+    don't divide.
 
     Args:
         grid: token geometry.

@@ -169,7 +169,7 @@ class Pattern:
     def draw(
         self, n_q: int | None = None, *, ax: Any = None, query: int | None = None, n_k: int | None = None
     ):
-        """Draw the mask, or with `query=` the keys of one token on the grid, with matplotlib; return its axes."""
+        """Draw the mask, or with `query=` the keys of one token on the grid, with matplotlib."""
         from foveate.patterns.draw import draw
 
         return draw(self, n_q, ax=ax, query=query, n_k=n_k)
