@@ -1,7 +1,7 @@
 """Every published system: one file each, in a package per family, found by itself.
 
-A new system is one new file in `baseline/`, `local/`, `routed/`, `linear/`, `scored/` or `gated/`; importing this
-package imports every such file, and with it the facts its `@system` decorator records.
+A new system is one new file in `baseline/`, `local/`, `routed/`, `linear/`, `scored/` or `gated/`;
+importing this package imports every such file, and with it the facts its `@system` decorator records.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """Attention Is All You Need. arXiv 1706.03762, 2017.
 
-Every token attends to every token (or, causal, to every earlier one and itself). The baseline of all comparisons:
-exact, quadratic in the number of tokens, and served by the fastest dense kernels there are.
+Every token attends to every token (or, causal, to every earlier one and itself). The baseline of all
+comparisons: exact, quadratic in the number of tokens, and served by the fastest dense kernels there are.
 
     q, k, v = x W_q, x W_k, x W_v                      (B, H, N, D) each, D = C / H
     out     = softmax(q k^T / sqrt(D)) v  W_o          (B, N, C)

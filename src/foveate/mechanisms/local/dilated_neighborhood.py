@@ -1,15 +1,16 @@
 """Dilated Neighborhood Attention Transformer. arXiv 2209.15001, 2022.
 
-Neighborhood attention whose window takes every dilation-th token: as many keys, further apart. Layers alternate
-between dilation 1 (local) and a large dilation (sparse and global), so that the receptive field grows exponentially.
-A learned bias per head and offset, counted in dilated steps, is added to the logits.
+Neighborhood attention whose window takes every dilation-th token: as many keys, further apart. Layers
+alternate between dilation 1 (local) and a large dilation (sparse and global), so that the receptive field
+grows exponentially. A learned bias per head and offset, counted in dilated steps, is added to the logits.
 
     q, k, v = x W                                        (B, H, N, D) each
     keys of token i along an axis: s, s + d, ..., s + (K-1) d, the K tokens congruent to i mod d nearest to it
     out_i = sum_j softmax_j(q_i . k_j / sqrt(D) + bias[h, (j - i) / d + K - 1]) v_j
 
-A map smaller than K d is padded with zeros to K d, right and bottom, before the projections: the padded places take
-part as keys (with the projections' biases), and the output is cropped. That is what the authors do.
+A map smaller than K d is padded with zeros to K d, right and bottom, before the projections: the padded
+places take part as keys (with the projections' biases), and the output is cropped. That is what the authors
+do.
 """
 
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ class DilatedNeighborhoodAttention(nn.Module):
         return cls(dim=dim, heads=heads, window=window, dilation=dilation)
 
     def padded(self, grid: Grid) -> Grid:
-        """Return the grid that windows fit into: `grid`, axes shorter than window * dilation lengthened to it."""
+        """Return `grid` with axes shorter than window * dilation lengthened to that."""
         return Grid(*(max(size, w * d) for size, w, d in zip(grid, self.window, self.dilation, strict=True)))
 
     def where(self, grid: Grid) -> Neighborhood:

@@ -1,10 +1,11 @@
 """Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention at the Threadblock Level.
 arXiv 2403.04690, 2024.
 
-Each token of a 1-, 2- or 3-d grid attends to the window of tokens nearest to it: a sliding window that is moved
-inside at the borders, so that every token has exactly prod(window) keys. Per axis the window may be dilated or
-causal. The paper's contribution is to compute it like a fused dense attention, tile by tile, visiting only the key
-tiles that meet the windows of a query tile; here that is what lowering the `Neighborhood` pattern gives.
+Each token of a 1-, 2- or 3-d grid attends to the window of tokens nearest to it: a sliding window that is
+moved inside at the borders, so that every token has exactly prod(window) keys. Per axis the window may be
+dilated or causal. The paper's contribution is to compute it like a fused dense attention, tile by tile,
+visiting only the key tiles that meet the windows of a query tile; here that is what lowering the
+`Neighborhood` pattern gives.
 
     q, k, v  (B, H, N, D), N = prod(grid);  A(i) = keys of token i, a product over axes
     out_i    = sum_{j in A(i)} softmax_j(q_i . k_j / sqrt(D)) v_j
@@ -72,7 +73,8 @@ def neighborhood_attention(
 
 @system(
     key="fused_neighborhood_attention",
-    title="Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention at the Threadblock Level",
+    title="Faster Neighborhood Attention: Reducing the O(n^2) Cost of Self Attention "
+    "at the Threadblock Level",
     arxiv="2403.04690",
     year=2024,
     family="local",

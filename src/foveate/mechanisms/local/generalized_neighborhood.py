@@ -1,10 +1,10 @@
 """Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light.
 arXiv 2504.16922, 2025.
 
-Neighborhood attention with one more number per axis, the stride: `stride` consecutive tokens share the window of
-their leader. Stride 1 is neighborhood attention, stride = window is blocked (window) attention, and in between
-windows move in steps, which lines them up with the tiles a kernel works in: then no tile is partly wasted and the
-saving in pairs becomes a saving in time.
+Neighborhood attention with one more number per axis, the stride: `stride` consecutive tokens share the
+window of their leader. Stride 1 is neighborhood attention, stride = window is blocked (window) attention,
+and in between windows move in steps, which lines them up with the tiles a kernel works in: then no tile is
+partly wasted and the saving in pairs becomes a saving in time.
 
     along an axis, inside a dilation group of length L, with window K and stride s:
     leader l = min(p // s * s + s // 2, L - 1),   keys of p: [a, a + K),  a = clamp(l - K // 2, 0, L - K)

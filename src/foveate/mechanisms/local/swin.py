@@ -1,16 +1,16 @@
 """Swin Transformer: Hierarchical Vision Transformer using Shifted Windows. arXiv 2103.14030, 2021.
 
-Tokens attend inside non-overlapping windows of M x M, with a learned bias per head and offset. Every second layer
-moves the windows by M // 2, so that neighbouring windows exchange what they know. The authors roll the map and mask
-what was wrapped around; that equals windows that start `shift` later, with smaller ones at the borders, which is
-what the pattern here says directly (and their mask of -100 becomes true exclusion).
+Tokens attend inside non-overlapping windows of M x M, with a learned bias per head and offset. Every second
+layer moves the windows by M // 2, so that neighbouring windows exchange what they know. The authors roll
+the map and mask what was wrapped around; that equals windows that start `shift` later, with smaller ones at
+the borders, which is what the pattern here says directly (and their mask of -100 becomes true exclusion).
 
     q, k, v = x W                                                           (B, H, N, D) each
     out_i = sum_{j in window(i)} softmax_j(q_i . k_j / sqrt(D) + bias[h, i - j]) v_j
     block: x = x + attention(norm(x));  x = x + mlp(norm(x))                (B, N, C)
 
-As published, where a window does not fit the smaller side it shrinks to it and is not shifted. Unlike the authors'
-code, windows need not divide the map.
+As published, where a window does not fit the smaller side it shrinks to it and is not shifted. Unlike the
+authors' code, windows need not divide the map.
 """
 
 from collections.abc import Sequence
