@@ -17,9 +17,10 @@ def merge(
 ) -> Tensor | tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]:
     """Merge pieces: by log-sum-exp when their `lses` are given, by plain sum otherwise.
 
-    Rules with a row sum (`Softmax`) need the lses: each piece is `attend(..., return_lse=True)` over its own keys.
-    Rules without one (`Sigmoid`, `ReLU`, `Exp`) merge by sum. Both are exact and differentiable, in any order and
-    grouping. A piece whose lse is -inf (no key) adds nothing; where all are, the result is 0 with lse -inf.
+    Rules with a row sum (`Softmax`) need the lses: each piece is `attend(..., return_lse=True)` over its
+    own keys. Rules without one (`Sigmoid`, `ReLU`, `Exp`) merge by sum. Both are exact and differentiable,
+    in any order and grouping. A piece whose lse is -inf (no key) adds nothing; where all are, the result
+    is 0 with lse -inf.
 
     Args:
         outs: outputs of equal shape.

@@ -1,4 +1,4 @@
-"""`Problem`: one validated call of `attend`. Everything a backend may ask, and every error a caller can cause."""
+"""`Problem`: one validated call of `attend`: all a backend may ask, and every error a caller can cause."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingModuleSource]
 
 from foveate.core.dtypes import FLOATS, accumulation_dtype
 from foveate.core.errors import ArgumentError, bad
@@ -91,7 +92,7 @@ class Problem:
             for part in parts:
                 _check_part(argument, part, extent, where_on)
         mask = _check_mask(mask, extent, where_on)
-        _check_where(where, extent)
+        check_where(where, extent)
         frame = None
         padded = getattr(where, "padded", lambda: None)()
         if padded is not None:
@@ -105,7 +106,7 @@ class Problem:
         problem._check_lse()
         return problem
 
-    # ---- sizes ----------------------------------------------------------------------------------------------
+    # ---- sizes ---------------------------------------------------------------------------------------
 
     @property
     def batch(self) -> int:
@@ -152,7 +153,7 @@ class Problem:
         """The dtype of logits, weights, sums and the lse."""
         return accumulation_dtype(self.q.dtype)
 
-    # ---- what it asks for -----------------------------------------------------------------------------------
+    # ---- what it asks for ----------------------------------------------------------------------------
 
     @property
     def needs_grad(self) -> bool:
@@ -172,7 +173,7 @@ class Problem:
     @property
     def combine(self) -> Any:
         """How cells combine: "lse" (one rule over all keys of a query), "sum", `Mean` or `Weights`."""
-        return "lse" if self.schedule is None else self.schedule.combine
+        return getattr(self.where, "combine", "lse")
 
     @property
     def one_rule(self) -> bool:
@@ -180,7 +181,7 @@ class Problem:
         return isinstance(self.combine, str) and self.combine == "lse"
 
     def allowed(self, device: torch.device | None = None) -> Bool[Tensor, "b h nq nk"] | None:
-        """Return the dense mask of `where` (b and h are 1 for static ones), None when everything is allowed."""
+        """Return the dense mask of `where` (b and h are 1 for static ones), None when all is allowed."""
         return dense_where(self.where, self.n_q, self.n_k, device or self.q.device)
 
     def pairs(
@@ -297,11 +298,11 @@ def _can_look(x: Tensor) -> bool:
     """Whether reading the values is free: on the CPU, not while tracing, not under a functorch transform."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    functorch = torch._C._functorch
-    return type(x) in (Tensor, torch.nn.Parameter) and not functorch.is_functorch_wrapped_tensor(x)
+    return type(x) in (Tensor, torch.nn.Parameter) and not is_functorch_wrapped_tensor(x)
 
 
-def _check_where(where: Any, extent: Extent) -> None:
+def check_where(where: Any, extent: Extent) -> None:
+    """Raise an ArgumentError naming `where` unless it is one and fits the lengths."""
     if where is None:
         return
     if isinstance(where, Tensor):
@@ -318,7 +319,7 @@ def _check_where(where: Any, extent: Extent) -> None:
 def _check_scale(scale: Any, d: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(d)
-    if isinstance(scale, Tensor) or isinstance(scale, bool) or not isinstance(scale, numbers.Real):
+    if isinstance(scale, (Tensor, bool)) or not isinstance(scale, numbers.Real):
         hint = (
             "A learned or per-head temperature is score=RowFactor(...)." if isinstance(scale, Tensor) else ""
         )

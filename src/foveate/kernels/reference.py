@@ -95,7 +95,7 @@ def _divide(total: Tensor, count: Tensor) -> Tensor:
     return total / count.masked_fill(count == 0, 1.0)
 
 
-def _factors(combine: Any, n_groups: int) -> list[Tensor | None]:
+def _factors(combine: Any, n_groups: int) -> Sequence[Tensor | None]:
     weights = getattr(combine, "weights", None)
     if weights is None:
         return [None] * n_groups

@@ -18,8 +18,8 @@ class After(Part):
     """A change to the weights. Pairs outside `where` and `mask` keep weight 0 whatever it does.
 
     Attributes:
-        linear: multiplies each weight by something that does not depend on the weights, so that it can be done
-            before rows are normalised or pieces merged.
+        linear: multiplies each weight by something that does not depend on the weights, so that it can be
+            done before rows are normalised or pieces merged.
     """
 
     linear: bool = False
@@ -108,7 +108,8 @@ class Dropout(After):
     Args:
         p: probability of dropping, 0 <= p <= 1.
         generator: where the draws come from; the global one by default.
-        keep: the draws themselves, bool broadcastable to (B, H, N_q, N_k), True = kept. Nothing is drawn then.
+        keep: the draws themselves, bool broadcastable to (B, H, N_q, N_k), True = kept. Nothing is drawn
+            then.
     """
 
     linear = True

@@ -1,7 +1,8 @@
 """`Score`: how strongly a query attends to a key, as a change to the logits.
 
 A score is a small immutable value. `score=a + b` and `score=(a, b)` both mean: first `a`, then `b`.
-To add one of your own, derive from `Additive` and give the number to add, or from `Score` and change the logits.
+To add one of your own, derive from `Additive` and give the number to add, or from `Score` and change the
+logits.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ from foveate.core.grid import Grid
 
 @dataclass(frozen=True)
 class KeyFrame:
-    """Keys that were padded with phantoms: `padded` is the grid of all keys, `base` the grid of the real ones.
+    """Keys padded with phantoms: `padded` is the grid of all keys, `base` that of the real ones.
 
-    The key at coordinate `c` of `padded` stands at coordinate `c - low` of `base` (outside `base`: a phantom).
+    The key at coordinate `c` of `padded` stands at coordinate `c - low` of `base` (outside `base`: a
+    phantom).
     """
 
     base: Grid

@@ -1,8 +1,8 @@
 """Rules: how logits become weights. `weigh=Softmax()` is the default.
 
-A rule is `f(logit)`, what it accumulates over a row (a row sum, or nothing) and what it does with it at the end.
-From this follows how pieces of a row combine: rules with a row sum merge by log-sum-exp, rules without by plain
-sum, and a rule that must see the whole row at once says `mergeable = None`.
+A rule is `f(logit)`, what it accumulates over a row (a row sum, or nothing) and what it does with it at
+the end. From this follows how pieces of a row combine: rules with a row sum merge by log-sum-exp, rules
+without by plain sum, and a rule that must see the whole row at once says `mergeable = None`.
 A pair that may not attend has logit -inf, and every rule gives it weight 0.
 """
 
@@ -51,8 +51,8 @@ class Softmax(Rule):
     """`exp(l_k) / sum_k exp(l_k)`; a row without keys gives zeros and lse -inf, with zero gradients.
 
     Args:
-        sink: a logit that joins the sum but has no value: a number or an `(H,)` tensor (learned, with gradient).
-            The lse includes it.
+        sink: a logit that joins the sum but has no value: a number or an `(H,)` tensor (learned, with
+            gradient). The lse includes it.
     """
 
     mergeable = "lse"
