@@ -29,7 +29,8 @@ class RelativeBias(nn.Module):
         step: int | Sequence[int] = 1,
     ):
         super().__init__()
-        self.heads, self.window, self.sign, self.step = heads, tuple(window), sign, step
+        self.heads, self.window, self.step = heads, tuple(window), step
+        self.sign: Literal["key-query", "query-key"] = sign
         self.table = nn.Parameter(torch.empty(heads, *(2 * w - 1 for w in self.window)))
         self.reset_parameters()
 

@@ -140,7 +140,7 @@ class NeighborhoodAttention(nn.Module):
         """
         check_tokens(x, grid, self.dim)
         q, k, v = self.qkv(x)
-        out = neighborhood_attention(q, k, v, self.where(grid), scale=self.scale, backend=self.backend)
+        out = attend(q, k, v, where=self.where(grid), scale=self.scale, backend=self.backend)
         return self.proj(merge_heads(out))
 
     def extra_repr(self) -> str:
