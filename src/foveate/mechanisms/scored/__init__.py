@@ -1,0 +1,1 @@
+"""Mechanisms that change how strongly, or by which rule, tokens attend."""
