@@ -27,9 +27,10 @@ except ModuleNotFoundError:  # until select.py lands
     from foveate.kernels import reference
 
     BACKENDS = {"reference": reference}
+    _FALLBACK = SimpleNamespace(backend="reference")
 
     def plan(problem, backend="auto"):  # noqa: D103
-        return SimpleNamespace(backend="reference")
+        return _FALLBACK
 
 
 @overload

@@ -260,14 +260,14 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def _check_part(argument: str, part: Part, extent: Extent, device: torch.device) -> None:
-    for name, tensor in part.tensors().items():
-        if tensor.device != device:
-            got = f"{type(part).__name__}.{name} on {tensor.device}"
-            raise bad(argument, got, f"tensors on {device}, the device of q")
     try:
         part.check(extent)
     except ArgumentError as error:
         raise ArgumentError(f"{argument}: {error}") from None
+    for name, tensor in part.tensors().items():
+        if tensor.device != device:
+            got = f"{type(part).__name__}.{name} on {tensor.device}"
+            raise bad(argument, got, f"tensors on {device}, the device of q")
 
 
 def _check_mask(mask: Any, extent: Extent, device: torch.device) -> Tensor | None:
