@@ -1,0 +1,66 @@
+"""Which tile: a small cost model over the axis tables, no constant for all patterns.
+
+    cost = pairs computed + KEY_COST * keys gathered + CELL_COST * cells
+
+in units of one (query, key) pair. All three are products over the axes of per-axis sums, so that trying every
+combination of tile sizes costs next to nothing. Larger tiles gather a key once for more queries, smaller ones
+compute fewer masked pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from foveate.core.errors import bad
+from foveate.patterns.axis import AxisRule
+from foveate.patterns.tables import AxisOrder
+
+# Copying one key and one value row of 64 numbers into a cell, in pairs (4 * 64 FLOPs each): measured for the
+# plain gather in torch on a 2-core server, between 15 and 40.
+KEY_COST = 24.0
+# Entering a cell: index arithmetic, the mask, the tails of vectors.
+CELL_COST = 512.0
+# Queries of one cell: beyond this the rows of a cell no longer stay in the second-level cache.
+MAX_QUERIES = 1024
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# On axes as long as this, tiles below 16 queries are not tried: their tables would be longer than useful.
+_LONG = 1 << 16
+
+
+def tile_for(
+    rules: tuple[AxisRule, ...], *, key_cost: float = KEY_COST, cell_cost: float = CELL_COST
+) -> tuple[int, ...]:
+    """Return the tile sizes, one per axis, of least cost by the model of this file."""
+    priced = []
+    for rule in rules:
+        order = AxisOrder(rule)
+        longest = max(order.longest, 1)
+        shared = order.shared
+        sizes = {min(s, longest) for s in (*_SIZES, shared, 2 * shared, 4 * shared) if s <= 2 * longest}
+        if rule.n_q >= _LONG:
+            sizes = {s for s in sizes if s >= min(16, longest)}
+        priced.append([(size, *order.price(size)) for size in sorted(sizes)])
+    best, best_cost = tuple(1 for _ in rules), math.inf
+    for combination in itertools.product(*priced):
+        tile = tuple(entry[0] for entry in combination)
+        if math.prod(tile) > MAX_QUERIES:
+            continue
+        pairs, keys, cells = (math.prod(entry[i] for entry in combination) for i in (1, 2, 3))
+        cost = pairs + key_cost * keys + cell_cost * cells
+        if cost < best_cost:
+            best, best_cost = tile, cost
+    return best
+
+
+def check_tile(tile: int | Sequence[int], n_axes: int) -> tuple[int, ...]:
+    """Spread one tile size over the axes, or check one per axis.
+
+    Raises:
+        ArgumentError: naming `tile`, unless it is one positive integer or one per axis.
+    """
+    sizes = (tile,) * n_axes if isinstance(tile, int) else tuple(tile)
+    if len(sizes) != n_axes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
+        raise bad("tile", tile, f"a positive integer, or {n_axes} of them (one per axis)")
+    return sizes
