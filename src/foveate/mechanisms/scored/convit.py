@@ -1,8 +1,8 @@
 """ConViT: Improving Vision Transformers with Soft Convolutional Inductive Biases. arXiv 2103.10697, 2021.
 
-Gated positional self-attention (GPSA). Every head mixes two attentions over the same values: one by content and
-one by position alone, with a learned gate per head. The positional one is initialised so that the heads of a
-layer look at the cells of a k x k convolution (H = k^2 heads); training may open the gate towards content.
+Gated positional self-attention (GPSA). Every head mixes two attentions over the same values: one by content
+and one by position alone, with a learned gate per head. The positional one is initialised so that the heads
+of a layer look at the cells of a k x k convolution (H = k^2 heads); training may open the gate to content.
 
     S = softmax_j(q_i . k_j / sqrt(D))                                      (B, H, N, N)
     P = softmax_j(w_h . (dx, dy, dx^2 + dy^2) + b_h), d = position(j) - position(i)    (H, N, N)
@@ -88,7 +88,7 @@ class GatedPositionalAttention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise as published: projections trunc. normal 0.02, identity values, one head a kernel cell."""
+        """Initialise as published: normal projections, identity values, one head per kernel cell."""
         for linear in (self.qk, self.v, self.proj, self.pos_proj):
             nn.init.trunc_normal_(linear.weight, std=0.02)
             if linear.bias is not None:

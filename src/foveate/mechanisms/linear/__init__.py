@@ -1,0 +1,1 @@
+"""Mechanisms whose cost grows linearly with the number of tokens."""
