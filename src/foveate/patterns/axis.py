@@ -163,16 +163,20 @@ class AxisRule:
         return inside & ((j - self.start[:, None]) % self.step == 0)
 
     def keys_of(self, positions: Int[Tensor, "p"]) -> Int[Tensor, "m"]:
-        """Return the sorted union of the keys of some query positions, in O(len(positions) + n_k)."""
-        rows = -(-self.n_k // self.step) + 2
+        """Return the sorted union of the keys of some query positions, in O(positions + range of the keys)."""
+        some = positions[self.count[positions] > 0]
+        if some.numel() == 0:
+            return some
+        start, stop = self.start[some], self.stop[some]
+        base = int(start.min()) // self.step * self.step
+        rows = -(-(int(stop.max()) - base) // self.step) + 1
         edges = torch.zeros(rows * self.step, dtype=torch.long)
         # A walk along each residue class: +1 where a progression starts, -1 one step after it ends.
-        some = positions[self.count[positions] > 0]
         ones = torch.ones_like(some)
-        edges.index_add_(0, self.start[some], ones)
-        edges.index_add_(0, self.stop[some], -ones)
-        open_ = edges.view(rows, self.step).cumsum(0).view(-1)[: self.n_k]
-        return open_.nonzero().flatten()
+        edges.index_add_(0, start - base, ones)
+        edges.index_add_(0, stop - base, -ones)
+        open_ = edges.view(rows, self.step).cumsum(0).view(-1)
+        return open_.nonzero().flatten() + base
 
     def intersect(self, other: AxisRule) -> AxisRule | None:
         """Return the rule of the keys both have, or None when that is no single progression of this kind.
