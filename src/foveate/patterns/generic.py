@@ -45,14 +45,15 @@ def _cell(where: Pattern, q: Int[Tensor, "tq"], n_q: int, n_k: int) -> _Cell:
 
 
 def _gather(cells: list[_Cell]) -> tuple[ExplicitGroup, ...]:
-    """Stack cells of similar size into groups; cells without a mask stay together when sizes agree."""
+    """Stack cells of similar size into groups, those without a mask apart from those with one."""
     if not cells:
         return ()
     width = torch.tensor([len(k) for _, k, _ in cells])
     height = torch.tensor([len(q) for q, _, _ in cells])
     columns = few_sizes(width)
-    full = torch.tensor([mask is None for *_, mask in cells]) & (columns == width)
-    shapes, kind = torch.stack([height, columns, full.long()], dim=1).unique(dim=0, return_inverse=True)
+    # 0: needs a mask, 1: only its padding is masked, which absent ids say, 2: nothing is.
+    full = torch.tensor([mask is None for *_, mask in cells]).long() * (1 + (columns == width))
+    shapes, kind = torch.stack([height, columns, full], dim=1).unique(dim=0, return_inverse=True)
     out = []
     for number, (n_rows, n_columns, is_full) in enumerate(shapes.tolist()):
         mine = [cells[i] for i in (kind == number).nonzero().flatten().tolist()]

@@ -223,10 +223,13 @@ class ExplicitGroup(CellGroup):
     @cached_property
     def _pairs_per_cell(self) -> Tensor:
         """(b, h, C) number of pairs each cell lets through."""
-        allowed = self.mask()
-        if allowed is None:
-            return torch.full((*self._lead, self.n_cells), self.tq * self.tk, dtype=torch.int64)
-        return allowed.sum((-1, -2)).expand(*self._lead, self.n_cells)
+        if self.allowed is None:
+            pairs = (self.query >= 0).sum(-1) * (self.key >= 0).sum(-1)
+        else:
+            mask = self.mask()
+            assert mask is not None
+            pairs = mask.sum((-1, -2))
+        return pairs.expand(*self._lead, self.n_cells)
 
     @cached_property
     def pairs_needed(self) -> int:

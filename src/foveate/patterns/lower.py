@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.core.errors import UnsupportedError, bad
 from foveate.patterns.axis import AxisRule
 from foveate.patterns.basic import BlockList
-from foveate.patterns.compose import Not, _Composed
+from foveate.patterns.compose import And, Not, Or
 from foveate.patterns.generic import lower_blocks, lower_tiles
 from foveate.patterns.pattern import Pattern
 from foveate.patterns.schedule import Schedule
@@ -66,8 +66,8 @@ def lower(
         raise bad("where", type(where).__name__, "a Pattern, a Selection or a Schedule")
     if where.has_phantoms:
         raise UnsupportedError(
-            f"{where!r} has phantom keys, which no cell can hold. Lower `where.padded().pattern` over a padded "
-            "key grid, as `attend` does."
+            f"{where!r} has phantom keys, which no cell can hold. "
+            "Lower `where.padded().pattern` over its padded key grid, as `attend` does."
         )
     n_q, n_k = where.lengths(n_q, n_k)
     key = (where, n_q, n_k, tile if tile is None or isinstance(tile, int) else tuple(tile), uniform)
@@ -142,7 +142,7 @@ def _frame(where: Pattern, n_q: int, n_k: int) -> tuple[tuple[AxisRule, ...], in
     if isinstance(where, Specials):
         inner, nested = _frame(where.where, n_q - where.n, n_k - where.n)
         return inner, where.n + nested
-    parts = where.parts if isinstance(where, _Composed) else (where.part,) if isinstance(where, Not) else ()
+    parts = where.parts if isinstance(where, And | Or) else (where.part,) if isinstance(where, Not) else ()
     frames = [_frame(part, n_q, n_k) for part in parts]
     if frames:
         return max(frames, key=lambda frame: len(frame[0]))

@@ -1,4 +1,4 @@
-"""`Schedule`: the one intermediate representation of who attends to whom, in cells that kernels can execute."""
+"""`Schedule`: the one intermediate representation of who attends to whom, in cells for kernels to execute."""
 
 from __future__ import annotations
 

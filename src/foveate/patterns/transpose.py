@@ -162,8 +162,10 @@ def _tile(entries: _Entries, widths: Tensor, n_k: int, tile: int) -> _Tiles:
 def _write(groups, leading, entries, tiles, slots, slot_start, bounds) -> tuple[ExplicitGroup, ...]:
     """Write the tiles out, those of similar size together."""
     rows, columns = few_sizes(tiles.size), few_sizes(tiles.width)
-    full = tiles.full & (rows == tiles.size) & (columns == tiles.width)
-    shapes, kind = torch.stack([rows, columns, full.long()], dim=1).unique(dim=0, return_inverse=True)
+    # 0: needs a mask, 1: only its padding is masked, which absent ids say, 2: nothing is.
+    exact = (rows == tiles.size) & (columns == tiles.width)
+    full = tiles.full.long() * (1 + exact)
+    shapes, kind = torch.stack([rows, columns, full], dim=1).unique(dim=0, return_inverse=True)
     n_leads = leading[0] * leading[1]
     out = []
     for number, (n_rows, n_columns, is_full) in enumerate(shapes.tolist()):
