@@ -8,6 +8,7 @@ from foveate.patterns.basic import Explicit as Explicit
 from foveate.patterns.basic import Full as Full
 from foveate.patterns.basic import Sinks as Sinks
 from foveate.patterns.basic import SlidingWindow as SlidingWindow
+from foveate.patterns.boxes import BoxGroup as BoxGroup
 from foveate.patterns.compose import And as And
 from foveate.patterns.compose import Not as Not
 from foveate.patterns.compose import Or as Or
@@ -16,8 +17,16 @@ from foveate.patterns.grids import Lattice as Lattice
 from foveate.patterns.grids import Neighborhood as Neighborhood
 from foveate.patterns.grids import PaddedGrid as PaddedGrid
 from foveate.patterns.grids import Windows as Windows
+from foveate.patterns.groups import CellGroup as CellGroup
+from foveate.patterns.groups import ExplicitGroup as ExplicitGroup
+from foveate.patterns.lower import default_tile as default_tile
+from foveate.patterns.lower import lower as lower
 from foveate.patterns.pattern import Padded as Padded
 from foveate.patterns.pattern import Pattern as Pattern
+from foveate.patterns.schedule import Combine as Combine
+from foveate.patterns.schedule import Mean as Mean
+from foveate.patterns.schedule import Schedule as Schedule
+from foveate.patterns.schedule import Weights as Weights
 from foveate.patterns.segments import Segments as Segments
 from foveate.patterns.selection import Selection as Selection
 from foveate.patterns.specials import Specials as Specials

@@ -9,6 +9,8 @@ from torch import Tensor
 from foveate.core.errors import bad
 from foveate.patterns.selection import Cells, Selection
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class Segments(Selection):
     """Tokens of one batch row that carry the same segment id attend to one another.
@@ -29,15 +31,10 @@ class Segments(Selection):
         ArgumentError: naming the argument whose shape, dtype or device is wrong.
     """
 
-    def __init__(self, q_ids: Int[Tensor, "b n_q"], k_ids: Int[Tensor, "b n_k"] | None = None):
+    def __init__(self, q_ids: Int[Tensor, "#b n_q"], k_ids: Int[Tensor, "#b n_k"] | None = None):
         k_ids = q_ids if k_ids is None else k_ids
         for name, ids in (("q_ids", q_ids), ("k_ids", k_ids)):
-            if (
-                not isinstance(ids, Tensor)
-                or ids.dim() != 2
-                or ids.is_floating_point()
-                or ids.dtype == torch.bool
-            ):
+            if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in _INTEGERS:
                 got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else ids
                 raise bad(name, got, "an integer tensor (B or 1, N), one segment id per token")
         if q_ids.device != k_ids.device:
@@ -54,8 +51,9 @@ def _segment_cells(q_ids: Tensor, k_ids: Tensor) -> tuple[Cells, ...]:
     """Gather each segment into a cell. Loops over classes of lengths only, never over tokens or segments."""
     batch, device = q_ids.shape[0], q_ids.device
     # One number per (batch row, segment id), in order of rows.
-    ids, rank = torch.unique(torch.cat([q_ids, k_ids], dim=1), return_inverse=True)
-    rank = rank.reshape(batch, -1) + torch.arange(batch, device=device)[:, None] * max(len(ids), 1)
+    both = torch.cat([q_ids, k_ids], dim=1)
+    ids, rank = torch.unique(both, return_inverse=True)
+    rank = rank.view_as(both) + torch.arange(batch, device=device)[:, None] * max(len(ids), 1)
     labels, segment = torch.unique(rank, return_inverse=True)
     row = labels // max(len(ids), 1)
     sides = [

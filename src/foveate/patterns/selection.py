@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from foveate.core.errors import bad
 from foveate.patterns.compose import refuse_phantoms
+from foveate.patterns.groups import ExplicitGroup
+from foveate.patterns.lower import lower
 from foveate.patterns.pattern import Pattern, check_length
-
-if TYPE_CHECKING:
-    from foveate.patterns.schedule import Schedule
+from foveate.patterns.schedule import Combine, Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +77,13 @@ class Selection:
 
     def __init__(
         self,
-        q_ids: Int[Tensor, "b h c tq"],
-        k_ids: Int[Tensor, "b h c tk"],
+        q_ids: Int[Tensor, "#b #h c tq"],
+        k_ids: Int[Tensor, "#b #h c tk"],
         mask: Bool[Tensor, "..."] | None = None,
         *,
         n_q: int,
         n_k: int,
-        combine: Any = "lse",
+        combine: Combine = "lse",
     ):
         for name, ids in (("q_ids", q_ids), ("k_ids", k_ids)):
             if not isinstance(ids, Tensor) or ids.dim() != 4 or ids.dtype != torch.int64:
@@ -103,11 +103,11 @@ class Selection:
             ) from None
         self._set((cells,), n_q, n_k, combine)
 
-    def _set(self, cells: tuple[Cells, ...], n_q: int, n_k: int, combine: Any) -> None:
+    def _set(self, cells: tuple[Cells, ...], n_q: int, n_k: int, combine: Combine) -> None:
         self.cells, self.n_q, self.n_k, self.combine = cells, n_q, n_k, combine
 
     @classmethod
-    def of_cells(cls, cells: Sequence[Cells], n_q: int, n_k: int, combine: Any = "lse") -> Selection:
+    def of_cells(cls, cells: Sequence[Cells], n_q: int, n_k: int, combine: Combine = "lse") -> Selection:
         """Make a selection of cells of several shapes."""
         new = Selection.__new__(Selection)
         new._set(tuple(cells), n_q, n_k, combine)
@@ -122,16 +122,12 @@ class Selection:
     @classmethod
     def of_pattern(cls, pattern: Pattern, n_q: int, n_k: int) -> Selection:
         """Make a selection of the cells a pattern lowers to."""
-        from foveate.patterns.lower import lower
-
         refuse_phantoms(pattern, "made a Selection")
         return cls.of_schedule(lower(pattern, n_q, n_k))
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
         """The cells as a Schedule."""
-        from foveate.patterns.schedule import ExplicitGroup, Schedule
-
         groups = tuple(ExplicitGroup(cell.q_ids, cell.k_ids, cell.mask) for cell in self.cells)
         return Schedule(self.n_q, self.n_k, groups, self.combine)
 
@@ -276,7 +272,9 @@ def _cells(q_ids: Tensor, k_ids: Tensor, mask: Tensor | None) -> Cells:
     if mask is not None:
         mask = mask.reshape((1,) * (5 - mask.dim()) + mask.shape)
         whole = (*q_ids.shape[2:], k_ids.shape[3])
-        if any(size not in (1, want) for size, want in zip(mask.shape[2:], whole, strict=True)):
+        if mask.dim() != 5 or any(
+            size not in (1, want) for size, want in zip(mask.shape[2:], whole, strict=True)
+        ):
             raise RuntimeError("the mask does not fit the cells")
         lead.append(mask.shape[:2])
     b, h = torch.broadcast_shapes(*lead)
@@ -289,8 +287,6 @@ def _spread(cell: Cells, b: int, h: int) -> Cells:
 
 def _selection(other: object) -> Selection | None:
     """See a Schedule as a Selection; None for what is neither."""
-    from foveate.patterns.schedule import Schedule
-
     if isinstance(other, Schedule):
         return Selection.of_schedule(other)
     return other if isinstance(other, Selection) else None
