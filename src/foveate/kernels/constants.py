@@ -1,0 +1,76 @@
+"""What torch.compile must not look into: everything derived from a static `where` alone.
+
+Lowering a pattern is Python over integers and depends on nothing but the pattern and two lengths. While tracing,
+`torch.compiler.assume_constant_result` runs it for real and takes the result as a constant of the graph, guarded by
+the identity of the pattern.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.kernels.cells import program
+from foveate.patterns.basic import BlockList
+from foveate.patterns.lower import default_tile, lower
+from foveate.patterns.schedule import Schedule
+
+# The tile model of `patterns/tiling.py`, priced for strips and fused calls: copying a key is cheap here, and a cell
+# is a task of the fused operator.
+KEY_COST, CELL_COST = 8.0, 2048.0
+# Dense masks kept for backend "sdpa": no more entries, and no larger ones, than this.
+_MASKS, _MASK_BYTES = 4, 64 << 20
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether `x` belongs to a torch.func transform (vmap, grad, jvp)."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def lowered(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None) -> Schedule:
+    """Return the cells of a static pattern, in the tiles that suit the backend `tiles` unless told otherwise."""
+    return lower(where, n_q, n_k, _tile(where, n_q, n_k) if tile is None else tile)
+
+
+@lru_cache(maxsize=128)
+def _tile(where: Any, n_q: int, n_k: int) -> tuple[int, ...] | None:
+    if isinstance(where, BlockList):
+        return None
+    return default_tile(where, n_q, n_k, key_cost=KEY_COST, cell_cost=CELL_COST)
+
+
+@torch.compiler.assume_constant_result
+def static_counts(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None) -> tuple[int, int, int]:
+    """Return (pairs computed, key rows copied, fused calls) of a static pattern, per batch and head."""
+    schedule = lowered(where, n_q, n_k, tile)
+    return schedule.memo("tiles counts", lambda: _counts(schedule))
+
+
+def _counts(schedule: Schedule) -> tuple[int, int, int]:
+    rows = sum(g.n_cells * g.tk for g in schedule.groups)
+    return schedule.pairs_computed, rows, len(schedule.groups)
+
+
+@torch.compiler.assume_constant_result
+def static_program(
+    where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None, device: torch.device
+) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
+    """Return the Program of a static pattern, as (code, tensors)."""
+    prog = program(lowered(where, n_q, n_k, tile), device)
+    return prog.code, prog.tensors
+
+
+@torch.compiler.assume_constant_result
+def dense_mask(where: Any, n_q: int, n_k: int, device: torch.device) -> Tensor:
+    """Return `where.dense(n_q, n_k)` on a device; small ones are kept."""
+    if n_q * n_k > _MASK_BYTES:
+        return where.dense(n_q, n_k, device=device)
+    return _kept_mask(where, n_q, n_k, device)
+
+
+@lru_cache(maxsize=_MASKS)
+def _kept_mask(where: Any, n_q: int, n_k: int, device: torch.device) -> Tensor:
+    return where.dense(n_q, n_k, device=device)
