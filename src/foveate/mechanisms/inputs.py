@@ -23,7 +23,7 @@ def check_heads(dim: int, heads: int) -> int:
     return dim // heads
 
 
-def check_tokens(x: Tensor, grid: Grid, dim: int, dims: Iterable[int] = (1, 2, 3)) -> None:
+def check_tokens(x: Tensor, grid: Grid | None, dim: int, dims: Iterable[int] = (1, 2, 3)) -> None:
     """Check the input of a token mechanism: `x` (B, N, C) with N the size of `grid` and C = `dim`.
 
     Raises:
