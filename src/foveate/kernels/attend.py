@@ -14,23 +14,11 @@ from foveate.core.dtypes import accumulation_dtype
 from foveate.core.errors import bad
 from foveate.kernels.problem import Problem, check_where, dense_where
 from foveate.kernels.reference import combine_cells
+from foveate.kernels.select import BACKENDS, plan
 from foveate.scores.after import After
 from foveate.scores.base import Extent, Score
 from foveate.scores.pairs import Pairs, take_rows
 from foveate.scores.rules import Rule
-
-try:
-    from foveate.kernels.select import BACKENDS, plan
-except ModuleNotFoundError:  # until select.py lands
-    from types import SimpleNamespace
-
-    from foveate.kernels import reference
-
-    BACKENDS = {"reference": reference}
-    _FALLBACK = SimpleNamespace(backend="reference")
-
-    def plan(problem, backend="auto"):  # noqa: D103
-        return _FALLBACK
 
 
 @overload

@@ -26,8 +26,8 @@ _MASKS, _MASK_BYTES = 4, 64 << 20
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether `x` belongs to a torch.func transform (vmap, grad, jvp)."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether `x` belongs to a torch.func transform (vmap, grad, jvp); False while compiling, where one cannot ask."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def lowered(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None) -> Schedule:

@@ -160,6 +160,7 @@ class Problem:
         """Whether some tensor of the call requires a gradient (in a mode that records one)."""
         parts = (*self.score, self.weigh, *self.after)
         held = [t for part in parts for t in part.tensors().values()]
+        held += getattr(self.combine, "weights", ())
         found = [self.q, self.k, self.v, *held] + ([self.mask] if self.mask is not None else [])
         return torch.is_grad_enabled() and any(t.requires_grad for t in found)
 
@@ -314,6 +315,12 @@ def check_where(where: Any, extent: Extent) -> None:
         where.check(extent.n_q, extent.n_k)
     elif hasattr(where, "n_q") and (where.n_q, where.n_k) != (extent.n_q, extent.n_k):
         raise bad("where", (where.n_q, where.n_k), f"(N_q, N_k) = {(extent.n_q, extent.n_k)}")
+    told_apart = getattr(where, "leading", None) or getattr(where, "batch", None)
+    if told_apart is not None and not all(
+        a in (1, b) for a, b in zip(told_apart, (extent.batch, extent.heads), strict=True)
+    ):
+        expected = f"cells for (1 or {extent.batch}, 1 or {extent.heads}) batch elements and heads"
+        raise bad("where", tuple(told_apart), expected)
 
 
 def _check_scale(scale: Any, d: int) -> float:
