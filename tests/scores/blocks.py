@@ -8,7 +8,7 @@ B, H = 2, 3
 
 
 def dense_and_cells(part, n_q, n_k, *, per_head, base=None, dtype=torch.float64):
-    """Apply `part` to a random block, dense and on random cells; return (dense looked up at the cells, cells)."""
+    """Apply `part` dense and on random cells; return (dense looked up at the cells, cells)."""
     base = torch.randn(B, H, n_q, n_k, dtype=dtype) if base is None else base
     lead = (B, H) if per_head else (1, 1)
     q_ids = torch.randint(0, n_q, (*lead, 2, 3))

@@ -30,7 +30,7 @@ def test_chain_shows_its_tensors_and_parts():
 def test_what_is_no_score_is_refused_with_a_hint():
     with pytest.raises(ArgumentError, match=r"^score: .*Wrap a tensor in Bias"):
         as_scores(torch.zeros(2))  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match="^score: "):
+    with pytest.raises(ArgumentError, match=r"^score: "):
         as_scores("alibi")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         SoftCap(1.0) + 1  # type: ignore[operator]

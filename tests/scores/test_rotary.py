@@ -68,7 +68,7 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ArgumentError, match=f"^{name}"):
             rotary(x, **options)
-    with pytest.raises(ArgumentError, match="^x"):
+    with pytest.raises(ArgumentError, match=r"^x"):
         axial_rotary(x, Grid(2, 2))
-    with pytest.raises(ArgumentError, match="^x"):
+    with pytest.raises(ArgumentError, match=r"^x"):
         axial_rotary(torch.randn(1, 2, 4, 8), Grid(2, 3))
