@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core.errors import unknown
+from foveate.core.errors import bad, unknown
 from foveate.core.grid import Grid
 from foveate.models.backbone import NetSpec
 
@@ -87,14 +87,12 @@ class Workload(ABC):
         title: what the network is asked, as one sentence.
         metric: name of the headline metric, with its unit.
         higher_is_better: direction of the metric.
-        learns: False for a workload that only times (`shapes`).
     """
 
     key: ClassVar[str]
     title: ClassVar[str]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool] = True
-    learns: ClassVar[bool] = True
 
     spec: NetSpec
     recipe: Recipe
@@ -161,28 +159,38 @@ def workload_keys() -> list[str]:
     return ["image", "restore", "text", "recall", "shapes"]
 
 
-def make_workload(key: str, **options: Any) -> Any:
+def make_workload(key: str, **options: Any) -> Workload:
     """Build a workload by key with its own options.
+
+    `image`, `restore` and `text` take `data`: a folder with one sub-folder of images per class, a folder of
+    photographs, a text file.
 
     Raises:
         UnknownNameError: with the nearest names.
-        ArgumentError: an option whose value cannot work.
+        ArgumentError: an option whose value cannot work, or `shapes`, which learns nothing.
         MissingExtraError: a package that ships its data is not installed (on first use of the data).
     """
     if key not in workload_keys():
         raise unknown("workload", key, workload_keys())
+    if key == "shapes":
+        raise bad("workload", key, "a workload that learns", "`shapes` only times: see `foveate.advise.shapes`.")
     # Imported on demand: listing the names must not cost the modules.
     if key == "image":
-        from foveate.tasks.digits import ImageWorkload as cls
-    elif key == "restore":
-        from foveate.tasks.restore import RestoreWorkload as cls
-    elif key == "text":
-        from foveate.tasks.text import TextWorkload as cls
-    elif key == "recall":
-        from foveate.tasks.recall import RecallWorkload as cls
-    else:
-        from foveate.tasks.shapes import ShapesWorkload as cls
-    return cls(**options)
+        from foveate.tasks.digits import ImageWorkload
+        from foveate.tasks.pictures import PicturesWorkload
+
+        return PicturesWorkload(**options) if options.get("data") else ImageWorkload(**options)
+    if key == "restore":
+        from foveate.tasks.restore import RestoreWorkload
+
+        return RestoreWorkload(**options)
+    if key == "text":
+        from foveate.tasks.text import TextWorkload
+
+        return TextWorkload(**options)
+    from foveate.tasks.recall import RecallWorkload
+
+    return RecallWorkload(**options)
 
 
 def generator_for(*numbers: int) -> torch.Generator:
