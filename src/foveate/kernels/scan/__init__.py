@@ -1,0 +1,8 @@
+"""The scan primitive: linear attention with decay, as quadratic form, chunks, or a recurrence."""
+
+from foveate.kernels.scan.api import normalized_scan as normalized_scan
+from foveate.kernels.scan.api import scan as scan
+from foveate.kernels.scan.api import scan_step as scan_step
+from foveate.kernels.scan.cost import ScanCost as ScanCost
+from foveate.kernels.scan.cost import crossover_length as crossover_length
+from foveate.kernels.scan.cost import scan_cost as scan_cost
