@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -52,3 +54,17 @@ def few_sizes(sizes: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
         return sizes
     grain = torch.tensor([1 << max(int(s).bit_length() - 3, 0) for s in sizes.tolist()])
     return (sizes + grain - 1) // grain * grain
+
+
+def broadcast_leading(shapes: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """Return the (b, h) that all the (b, h) broadcast to, None when they don't.
+
+    `torch.broadcast_shapes` does the same, but imports a computer algebra system first: over a second.
+    """
+    out = [1, 1]
+    for shape in shapes:
+        for side, size in enumerate(shape):
+            if size != 1 and out[side] not in (1, size):
+                return None
+            out[side] = size if size != 1 else out[side]
+    return out[0], out[1]

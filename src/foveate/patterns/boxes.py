@@ -182,7 +182,7 @@ class BoxGroup(CellGroup):
 
     def _tile_indices(self, lo: int, hi: int | None) -> list[Tensor]:
         """Split the cell numbers `lo:hi` into one tile number per axis."""
-        cells = torch.arange(lo, self.n_cells if hi is None else min(hi, self.n_cells), device=self.device)
+        cells = torch.arange(self.n_cells, device=self.device)[lo:hi]
         out = []
         for count in reversed(self.tiles):
             out.append(cells % count)

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from foveate.core.errors import bad
+from foveate.patterns.arrays import broadcast_leading
 
 
 class KeyRuns(NamedTuple):
@@ -180,11 +181,10 @@ class ExplicitGroup(CellGroup):
         shapes = [self.query.shape[:2], self.key.shape[:2]]
         if self.allowed is not None:
             shapes.append(self.allowed.shape[:2])
-        try:
-            b, h = torch.broadcast_shapes(*shapes)
-        except RuntimeError:
-            raise bad("q_ids, k_ids, mask", shapes, "leading (b, h) that broadcast together") from None
-        object.__setattr__(self, "_lead", (b, h))
+        lead = broadcast_leading(shapes)
+        if lead is None:
+            raise bad("q_ids, k_ids, mask", shapes, "leading (b, h) that broadcast together")
+        object.__setattr__(self, "_lead", lead)
         if self.allowed is not None:
             self._check_mask(self.allowed)
 

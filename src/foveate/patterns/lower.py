@@ -22,7 +22,7 @@ from foveate.patterns.pattern import Pattern
 from foveate.patterns.schedule import Schedule
 from foveate.patterns.specials import Specials
 from foveate.patterns.tables import BoxProduct
-from foveate.patterns.tiling import check_tile, tile_for
+from foveate.patterns.tiling import check_tile, plain_tile, tile_for
 
 # Schedules kept; a network has a few patterns, a benchmark a few dozens.
 CACHE_SIZE = 128
@@ -70,7 +70,8 @@ def lower(
             "Lower `where.padded().pattern` over its padded key grid, as `attend` does."
         )
     n_q, n_k = where.lengths(n_q, n_k)
-    key = (where, n_q, n_k, tile if tile is None or isinstance(tile, int) else tuple(tile), uniform)
+    tile = None if tile is None else plain_tile(tile)
+    key = (where, n_q, n_k, tile, uniform)
     with _lock:
         found = _cache.get(key)
         if found is not None:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.core.errors import bad
+from foveate.patterns.arrays import broadcast_leading
 from foveate.patterns.boxes import BoxGroup
 from foveate.patterns.groups import CellGroup
 from foveate.patterns.tables import BoxProduct
@@ -88,11 +89,9 @@ class Schedule:
             if not isinstance(group, CellGroup):
                 raise bad(f"groups[{index}]", type(group).__name__, "a BoxGroup or an ExplicitGroup")
         check_combine(self.combine, Mean, Weights)
-        try:
-            torch.broadcast_shapes(*(group.leading for group in self.groups))
-        except RuntimeError:
-            shapes = [group.leading for group in self.groups]
-            raise bad("groups", shapes, "leading (b, h) that broadcast together") from None
+        shapes = [group.leading for group in self.groups]
+        if broadcast_leading(shapes) is None:
+            raise bad("groups", shapes, "leading (b, h) that broadcast together")
 
     def __reduce__(self):
         return _rebuild, (self.n_q, self.n_k, self.groups, self.combine, self.product)
@@ -100,8 +99,9 @@ class Schedule:
     @property
     def leading(self) -> tuple[int, int]:
         """(b, h) that the cells distinguish; (1, 1) for a static schedule."""
-        b, h = torch.broadcast_shapes((1, 1), *(group.leading for group in self.groups))
-        return b, h
+        lead = broadcast_leading([group.leading for group in self.groups])
+        assert lead is not None
+        return lead
 
     def _total(self, count: Callable[[CellGroup], int]) -> int:
         every = math.prod(self.leading)
@@ -181,8 +181,10 @@ class Schedule:
             old = self.product
             rules = tuple(rule.transpose() for rule in old.rules())
             new = BoxProduct.of(rules, tile_for(rules), specials=old.specials, linked=old.linked)
-            return Schedule(self.n_k, self.n_q, new.groups(), "sum", product=new)
-        groups = transpose_groups(self.groups, self.leading, self.n_k, tile)
+            return Schedule(self.n_k, self.n_q, new.groups(), "sum", product=new).to(self._device)
+        # Index arithmetic happens where the ids are.
+        with self._device:
+            groups = transpose_groups(self.groups, self.leading, self.n_k, tile)
         return Schedule(self.n_k, self.n_q, groups, "sum")
 
     def validate(self, *, disjoint: bool = True) -> Schedule:

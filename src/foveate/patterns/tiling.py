@@ -54,13 +54,25 @@ def tile_for(
     return best
 
 
-def check_tile(tile: int | Sequence[int], n_axes: int) -> tuple[int, ...]:
-    """Spread one tile size over the axes, or check one per axis.
+def plain_tile(tile: int | Sequence[int]) -> int | tuple[int, ...]:
+    """Return what a user may write for a tile as a hashable value.
 
     Raises:
-        ArgumentError: naming `tile`, unless it is one positive integer or one per axis.
+        ArgumentError: naming `tile`, unless it is one positive integer or a sequence of them.
     """
-    sizes = (tile,) * n_axes if isinstance(tile, int) else tuple(tile)
-    if len(sizes) != n_axes or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
-        raise bad("tile", tile, f"a positive integer, or {n_axes} of them (one per axis)")
+    sizes = tuple(tile) if isinstance(tile, Sequence) else (tile,)
+    if any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sizes):
+        raise bad("tile", tile, "a positive integer, or one per axis")
+    return sizes if isinstance(tile, Sequence) else tile
+
+
+def check_tile(tile: int | tuple[int, ...], n_axes: int) -> tuple[int, ...]:
+    """Spread one tile size over the axes, or check that there is one per axis.
+
+    Raises:
+        ArgumentError: naming `tile`, when their numbers differ.
+    """
+    sizes = (tile,) * n_axes if isinstance(tile, int) else tile
+    if len(sizes) != n_axes:
+        raise bad("tile", tile, f"one integer, or {n_axes} (one per axis)")
     return sizes

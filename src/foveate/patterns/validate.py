@@ -22,7 +22,7 @@ def check_combine(combine: Any, mean: type, weights: type, groups: Sequence[Cell
         raise bad("combine", combine, "'lse', 'sum', Mean(eps) or Weights(tensor)")
     if not isinstance(combine, weights) or groups is None:
         return
-    tensors = combine.weights
+    tensors = combine.weights  # type: ignore[attr-defined]
     if len(tensors) != len(groups):
         raise bad("combine", f"{len(tensors)} tensors of weights", f"{len(groups)}, one per group of cells")
     for index, (tensor, group) in enumerate(zip(tensors, groups, strict=True)):
