@@ -1,0 +1,1 @@
+"""Mechanisms that choose from content which keys a query sees."""
