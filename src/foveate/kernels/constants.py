@@ -1,7 +1,7 @@
 """What torch.compile must not look into: everything derived from a static `where` alone.
 
 Lowering a pattern is Python over integers and depends on nothing but the pattern and two lengths. While tracing,
-`torch.compiler.assume_constant_result` runs it for real and takes the result as a constant of the graph, guarded by
+`constant_while_tracing` runs it for real and takes the result as a constant of the graph, guarded by
 the identity of the pattern.
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.kernels.cells import program
+from foveate.core.tracing import constant_while_tracing
+from foveate.kernels.cells import CellView, program, views
 from foveate.patterns.basic import BlockList
 from foveate.patterns.lower import default_tile, lower
 from foveate.patterns.schedule import Schedule
@@ -42,7 +43,7 @@ def _tile(where: Any, n_q: int, n_k: int) -> tuple[int, ...] | None:
     return default_tile(where, n_q, n_k, key_cost=KEY_COST, cell_cost=CELL_COST)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def static_counts(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None) -> tuple[int, int, int]:
     """Return (pairs computed, key rows copied, fused calls) of a static pattern, per batch and head."""
     schedule = lowered(where, n_q, n_k, tile)
@@ -54,16 +55,15 @@ def _counts(schedule: Schedule) -> tuple[int, int, int]:
     return schedule.pairs_computed, rows, len(schedule.groups)
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def static_program(
     where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None, device: torch.device
-) -> tuple[tuple[int, ...], tuple[Tensor, ...]]:
-    """Return the Program of a static pattern, as (code, tensors)."""
-    prog = program(lowered(where, n_q, n_k, tile), device)
-    return prog.code, prog.tensors
+) -> tuple[tuple[int, ...], tuple[Tensor, ...], int]:
+    """Return the Program of a static pattern, as a plain tuple."""
+    return tuple(program(lowered(where, n_q, n_k, tile), device))  # type: ignore[return-value]
 
 
-@torch.compiler.assume_constant_result
+@constant_while_tracing
 def dense_mask(where: Any, n_q: int, n_k: int, device: torch.device) -> Tensor:
     """Return `where.dense(n_q, n_k)` on a device; small ones are kept."""
     if n_q * n_k > _MASK_BYTES:
