@@ -72,12 +72,14 @@ def build_mixer(key: str, *, dim: int, grid: Grid, heads: int, causal: bool = Fa
 
     Raises:
         UnknownNameError: no such mechanism.
-        ArgumentError, UnsupportedError: it cannot serve this grid, width or direction; the message is the reason.
+        ArgumentError, UnsupportedError: it cannot serve this grid, width or direction, for the reason said.
     """
     facts = get_system(key)
     make = getattr(facts.cls, "for_workload", None)
     if make is None:
-        raise bad("mechanism", key, "a mechanism with a `for_workload` constructor", f"Its role is {facts.role!r}.")
+        raise bad(
+            "mechanism", key, "a mechanism with a `for_workload` constructor", f"Its role is {facts.role!r}."
+        )
     module = make(dim=dim, grid=grid, heads=heads, causal=causal)
     if facts.layout == "spatial":
         from foveate.mechanisms.layout import as_tokens

@@ -64,11 +64,11 @@ def files_in(folder: str | Path) -> list[Path]:
     """Return the image files under `folder`, sorted.
 
     Raises:
-        ArgumentError: naming `data`, when it is no folder.
+        ArgumentError: naming `folder`, when it is no folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise bad("data", str(folder), "an existing folder of images")
+        raise bad("folder", str(folder), "an existing folder of images")
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
 
 
@@ -76,7 +76,7 @@ def read(path: Path) -> Float[Tensor, "3 h w"]:
     """Read one image file.
 
     Raises:
-        ArgumentError: naming `data` and the file, when it can't be read.
+        ArgumentError: naming `folder` and the file, when it can't be read.
         MissingExtraError: scikit-image is not installed.
     """
     try:
@@ -86,7 +86,7 @@ def read(path: Path) -> Float[Tensor, "3 h w"]:
     try:
         pixels = io.imread(path)
     except Exception as error:
-        raise bad("data", str(path), "a readable image file", f"Reading it says: {error}") from error
+        raise bad("folder", str(path), "a readable image file", f"Reading it says: {error}") from error
     if pixels.ndim == 4:  # an animation: its first picture
         pixels = pixels[0]
     return to_rgb(pixels)

@@ -6,6 +6,7 @@ The trivial answer is the most frequent class.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class PicturesWorkload(Workload):
     """Classification of the user's pictures, resized to one canvas. Targets (B,).
 
     Args:
-        data: the folder; every sub-folder with images is a class.
+        folder: the folder; every sub-folder with images is a class.
         canvas: side all pictures are resized to.
         patch: side of one token's patch.
         dim, heads, depth: size of the network.
@@ -40,15 +41,22 @@ class PicturesWorkload(Workload):
     metric = "accuracy"
 
     def __init__(
-        self, *, data: str, canvas: int = 32, patch: int = 2, dim: int = 64, heads: int = 4, depth: int = 2
+        self,
+        *,
+        folder: str | Path,
+        canvas: int = 32,
+        patch: int = 2,
+        dim: int = 64,
+        heads: int = 4,
+        depth: int = 2,
     ):
         if patch < 1 or canvas < 4 * patch or canvas % patch:
             raise bad("canvas", canvas, f"a multiple of patch={patch}, at least 4 patches long")
-        self.data, self.canvas, self.patch = str(data), canvas, patch
-        images, labels, self.classes = self._read(self.data)
+        self.folder, self.canvas, self.patch = str(folder), canvas, patch
+        images, labels, self.classes = self._read(self.folder)
         test = torch.zeros(len(labels), dtype=torch.bool)
         for c in range(len(self.classes)):
-            test[(labels == c).nonzero()[:: HELD_OUT, 0]] = True
+            test[(labels == c).nonzero()[::HELD_OUT, 0]] = True
         mean, std = images[~test].mean((0, 2, 3), keepdim=True), images[~test].std((0, 2, 3), keepdim=True)
         images = (images - mean) / std.clamp_min(1e-3)
         self.train = images[~test], labels[~test]
@@ -73,10 +81,12 @@ class PicturesWorkload(Workload):
         few = sorted(name for name, paths in groups.items() if len(paths) < 2)
         if len(groups) < 2 or few:
             raise bad(
-                "data",
+                "folder",
                 folder,
                 "a folder with at least two sub-folders (classes) of two or more images each",
-                f"Too few images in: {', '.join(few)}." if few else f"Sub-folders with images: {len(groups)}.",
+                f"Too few images in: {', '.join(few)}."
+                if few
+                else f"Sub-folders with images: {len(groups)}.",
             )
         classes = sorted(groups)
         size = (self.canvas, self.canvas)
@@ -92,7 +102,7 @@ class PicturesWorkload(Workload):
         """Return the options that make this instance."""
         spec = self.spec
         return {
-            "data": self.data,
+            "folder": self.folder,
             "canvas": self.canvas,
             "patch": self.patch,
             "dim": spec.dim,
@@ -122,7 +132,7 @@ class PicturesWorkload(Workload):
         """Whether each picture's class is right."""
         return {"quality": (output.mean(1).argmax(-1) == batch.targets).double()}
 
-    def baselines(self) -> dict[str, float]:
+    def trivial(self) -> dict[str, float]:
         """The most frequent class of the training pictures."""
         most = int(torch.bincount(self.train[1]).argmax())
         return {"majority": (self.test[1] == most).double().mean().item()}

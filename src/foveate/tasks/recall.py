@@ -119,7 +119,7 @@ class RecallWorkload(Workload):
         right = (output[:, asked].argmax(-1) == batch.targets[:, asked]).double()
         return {"quality": right.mean(1), "far": right[:, -max(1, self.length // 4) :].mean(1)}
 
-    def baselines(self) -> dict[str, float]:
+    def trivial(self) -> dict[str, float]:
         """Chance, and always naming the value that was shown most often in the example."""
 
         def majority(x: Tensor) -> Tensor:

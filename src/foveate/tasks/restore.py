@@ -7,6 +7,7 @@ Trained on some photographs and scored on others, by peak signal-to-noise ratio 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -62,7 +63,7 @@ class RestoreWorkload(Workload):
         side: side of a square, in pixels.
         patch: side of one token's patch; side / patch is the grid, at least 48 by 48.
         noise: standard deviation of the noise, for pixels in [0, 1].
-        data: a folder of one's own photographs instead of the bundled ones; every fourth is held out.
+        folder: a folder of one's own photographs instead of the bundled ones; every fourth is held out.
         test_size: held-out squares.
         dim, heads, depth: size of the network.
 
@@ -81,7 +82,7 @@ class RestoreWorkload(Workload):
         side: int = 96,
         patch: int = 2,
         noise: float = 0.1,
-        data: str | None = None,
+        folder: str | Path | None = None,
         test_size: int = 24,
         dim: int = 48,
         heads: int = 3,
@@ -96,7 +97,7 @@ class RestoreWorkload(Workload):
         if test_size < 2:
             raise bad("test_size", test_size, "at least 2 squares")
         self.task, self.side, self.patch, self.noise = task, side, patch, float(noise)
-        self.data, self.test_size = None if data is None else str(data), test_size
+        self.folder, self.test_size = None if folder is None else str(folder), test_size
         self.spec = NetSpec(
             inputs="pixels",
             grid=Grid(side // patch, side // patch),
@@ -108,7 +109,7 @@ class RestoreWorkload(Workload):
             heads=heads,
             depth=depth,
         )
-        self.recipe = Recipe(batch_size=4, lr=3e-3, eval_every=25)
+        self.recipe = Recipe(batch_size=4, lr=3e-3)
         self._pictures: dict[str, Sequence[Tensor]] = {}
         self._test: Batch | None = None
 
@@ -119,7 +120,7 @@ class RestoreWorkload(Workload):
             "side": self.side,
             "patch": self.patch,
             "noise": self.noise,
-            "data": self.data,
+            "folder": self.folder,
             "test_size": self.test_size,
             "dim": self.spec.dim,
             "heads": self.spec.heads,
@@ -129,10 +130,10 @@ class RestoreWorkload(Workload):
     def pictures(self, part: str) -> Sequence[Tensor]:
         """Return the photographs of `part`, "train" or "test"."""
         if not self._pictures:
-            if self.data is None:
+            if self.folder is None:
                 self._pictures = {name: photos.bundled(name) for name in ("train", "test")}
             else:
-                self._pictures = self._own(self.data)
+                self._pictures = self._own(self.folder)
         return self._pictures[part]
 
     def _own(self, folder: str) -> dict[str, Sequence[Tensor]]:
@@ -140,7 +141,7 @@ class RestoreWorkload(Workload):
         fit = [p for p in map(photos.read, paths) if min(p.shape[1:]) >= self.side]
         if len(fit) < 2:
             raise bad(
-                "data",
+                "folder",
                 folder,
                 f"a folder with at least 2 photographs of {self.side} x {self.side} pixels or more",
                 f"It has {len(paths)} images, {len(fit)} of them large enough.",
@@ -198,7 +199,7 @@ class RestoreWorkload(Workload):
         """PSNR of every square, clipped to [0, 1] as a viewer would see it."""
         return {"quality": psnr(self.restored(output, batch).clamp(0, 1), batch.targets)}
 
-    def baselines(self) -> dict[str, float]:
+    def trivial(self) -> dict[str, float]:
         """PSNR of what the network is given; for noise also of the best Gaussian blur.
 
         The blur's width is chosen on training photographs.
@@ -211,8 +212,6 @@ class RestoreWorkload(Workload):
         if self.task == "denoise":
             train = self._draw("train", self.test_size, generator_for(TEST_SEED, 1))
             widths = [0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3]
-            best = max(
-                widths, key=lambda s: psnr(blur(self._seen(train), s), train.targets).mean().item()
-            )
+            best = max(widths, key=lambda s: psnr(blur(self._seen(train), s), train.targets).mean().item())
             table["gaussian blur"] = psnr(blur(seen, best).clamp(0, 1), clean).mean().item()
         return table

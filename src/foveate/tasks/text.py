@@ -37,7 +37,7 @@ def documentation() -> tuple[str, str]:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise bad(
-            "data", None, "a text file", "This Python has no pydoc topics; name a text file instead."
+            "file", None, "a text file", "This Python has no pydoc topics; name a text file instead."
         ) from error
     ordered = [topics[name] for name in sorted(topics)]
     test = ordered[4::8]
@@ -65,7 +65,7 @@ class TextWorkload(Workload):
 
     Args:
         length: characters per example, N.
-        data: a text file (UTF-8) instead of the documentation; its last tenth is held out.
+        file: a text file (UTF-8) instead of the documentation; its last tenth is held out.
         test_size: held-out windows of N characters.
         dim, heads, depth: size of the network.
 
@@ -82,7 +82,7 @@ class TextWorkload(Workload):
         self,
         *,
         length: int = 512,
-        data: str | None = None,
+        file: str | Path | None = None,
         test_size: int = 48,
         dim: int = 64,
         heads: int = 4,
@@ -92,9 +92,9 @@ class TextWorkload(Workload):
             raise bad("length", length, "at least 8 characters")
         if test_size < 2:
             raise bad("test_size", test_size, "at least 2 windows")
-        if data is not None and not Path(data).is_file():
-            raise bad("data", str(data), "an existing text file")
-        self.length, self.data, self.test_size = length, None if data is None else str(data), test_size
+        if file is not None and not Path(file).is_file():
+            raise bad("file", str(file), "an existing text file")
+        self.length, self.file, self.test_size = length, None if file is None else str(file), test_size
         self.spec = NetSpec(
             inputs="ids",
             grid=Grid(length),
@@ -112,7 +112,7 @@ class TextWorkload(Workload):
         """Return the options that make this instance."""
         return {
             "length": self.length,
-            "data": self.data,
+            "file": self.file,
             "test_size": self.test_size,
             "dim": self.spec.dim,
             "heads": self.spec.heads,
@@ -122,7 +122,7 @@ class TextWorkload(Workload):
     def ids(self) -> tuple[Int[Tensor, "n"], Int[Tensor, "m"], int]:
         """Return training ids, held-out ids and the number of ids in use."""
         if self._text is None:
-            train, test = documentation() if self.data is None else self._own(self.data)
+            train, test = documentation() if self.file is None else self._own(self.file)
             self._text = encode(train, test)
         return self._text
 
@@ -130,10 +130,15 @@ class TextWorkload(Workload):
         try:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise bad("data", path, "a text file in UTF-8", f"Reading it says: {error}") from error
+            raise bad("file", path, "a text file in UTF-8", f"Reading it says: {error}") from error
         cut = len(text) - len(text) // 10
         if len(text) - cut < 2 * (self.length + 1):
-            raise bad("data", path, f"a text of at least {20 * (self.length + 1)} characters", f"It has {len(text)}.")
+            raise bad(
+                "file",
+                path,
+                f"a text of at least {20 * (self.length + 1)} characters",
+                f"It has {len(text)}.",
+            )
         return text[:cut], text[cut:]
 
     def _windows(self, ids: Tensor, starts: Tensor) -> Batch:
@@ -149,7 +154,7 @@ class TextWorkload(Workload):
         )
 
     def test_batches(self, size: int) -> Iterator[Batch]:
-        """Yield windows spread evenly over the held-out text, apart from one another where it is long enough."""
+        """Yield windows spread evenly over the held-out text."""
         ids = self.ids()[1]
         most = min(self.test_size, max(2, len(ids) // (self.length + 1)))
         starts = torch.linspace(0, len(ids) - self.length - 1, most).long()
@@ -166,7 +171,7 @@ class TextWorkload(Workload):
         bits = nats / math.log(2)
         return {"quality": bits.mean(1), "last quarter": bits[:, -self.length // 4 :].mean(1)}
 
-    def baselines(self) -> dict[str, float]:
+    def trivial(self) -> dict[str, float]:
         """Bits per character of frequencies counted on the training text, alone and after one character.
 
         Add-one smoothing for single characters; pairs fall back on them with the weight of one sighting.

@@ -58,7 +58,10 @@ class Trainer:
         decayed = [p for p in matrices if p is not position]
         rest = [p for p in self.model.parameters() if p.requires_grad and not any(p is d for d in decayed)]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": self.recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": self.recipe.weight_decay},
+                {"params": rest, "weight_decay": 0.0},
+            ],
             lr=self.recipe.lr,
             betas=self.recipe.betas,
         )

@@ -49,7 +49,6 @@ class Recipe:
         betas: AdamW's.
         clip: largest norm of the gradient.
         average: longest memory, in steps, of the running mean of the weights that is evaluated.
-        eval_every: steps between two evaluations on held-out data.
     """
 
     batch_size: int = 32
@@ -59,7 +58,6 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
     average: int = 20
-    eval_every: int = 25
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,7 @@ class Workload(ABC):
 
     spec: NetSpec
     recipe: Recipe
+    _baselines: dict[str, float] | None = None
 
     @property
     def grid(self) -> Grid:
@@ -121,11 +120,11 @@ class Workload(ABC):
 
     @abstractmethod
     def scores(self, output: Float[Tensor, "b n out"], batch: Batch) -> dict[str, Tensor]:
-        """Return per-example scores (B,) by part; "quality" is the headline, NaN where a part is not asked."""
+        """Return scores (B,) of the examples by part; "quality" is the headline, NaN is a part not asked."""
 
     @abstractmethod
-    def baselines(self) -> dict[str, float]:
-        """Return the quality of trivial answers, computed from the same data, by name."""
+    def trivial(self) -> dict[str, float]:
+        """Compute the quality of trivial answers from the same data, by name (see `baselines`)."""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
@@ -147,6 +146,12 @@ class Workload(ABC):
         parts = {name: values.nanmean().item() for name, values in scores.items()}
         return Evaluation(quality.mean().item(), se, parts, len(quality))
 
+    def baselines(self) -> dict[str, float]:
+        """Return the quality of trivial answers by name; computed once."""
+        if self._baselines is None:
+            self._baselines = self.trivial()
+        return dict(self._baselines)
+
     def floor(self) -> tuple[str, float]:
         """Return name and quality of the best trivial answer."""
         table = self.baselines()
@@ -162,8 +167,8 @@ def workload_keys() -> list[str]:
 def make_workload(key: str, **options: Any) -> Workload:
     """Build a workload by key with its own options.
 
-    `image`, `restore` and `text` take `data`: a folder with one sub-folder of images per class, a folder of
-    photographs, a text file.
+    Bring your own: `image` takes `folder` (one sub-folder of images per class), `restore` takes `folder`
+    (photographs), `text` takes `file`.
 
     Raises:
         UnknownNameError: with the nearest names.
@@ -173,13 +178,15 @@ def make_workload(key: str, **options: Any) -> Workload:
     if key not in workload_keys():
         raise unknown("workload", key, workload_keys())
     if key == "shapes":
-        raise bad("workload", key, "a workload that learns", "`shapes` only times: see `foveate.advise.shapes`.")
+        raise bad(
+            "workload", key, "a workload that learns", "`shapes` only times: see `foveate.advise.shapes`."
+        )
     # Imported on demand: listing the names must not cost the modules.
     if key == "image":
         from foveate.tasks.digits import ImageWorkload
         from foveate.tasks.pictures import PicturesWorkload
 
-        return PicturesWorkload(**options) if options.get("data") else ImageWorkload(**options)
+        return PicturesWorkload(**options) if options.get("folder") else ImageWorkload(**options)
     if key == "restore":
         from foveate.tasks.restore import RestoreWorkload
 
