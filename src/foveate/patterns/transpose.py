@@ -160,20 +160,28 @@ def _tile(entries: _Entries, widths: Tensor, n_k: int, tile: int) -> _Tiles:
 
 
 def _write(groups, leading, entries, tiles, slots, slot_start, bounds) -> tuple[ExplicitGroup, ...]:
-    """Write the tiles out, those of similar size together."""
-    rows, columns = few_sizes(tiles.size), few_sizes(tiles.width)
-    # 0: needs a mask, 1: only its padding is masked, which absent ids say, 2: nothing is.
-    exact = (rows == tiles.size) & (columns == tiles.width)
-    full = tiles.full.long() * (1 + exact)
-    shapes, kind = torch.stack([rows, columns, full], dim=1).unique(dim=0, return_inverse=True)
+    """Write the tiles out, those of similar size together.
+
+    Tensors need as many cells for every lead. So the tiles of a lead are ranked by width, and those of equal
+    rank, one per lead, get one shape: they differ little, where the widths themselves may differ much.
+    """
     n_leads = leading[0] * leading[1]
+    rank = _rank(tiles)
+    present = rank.bincount()
+    rows, columns, full, exact = (present.new_zeros(len(present)) for _ in range(4))
+    rows = few_sizes(rows.scatter_reduce_(0, rank, tiles.size, "amax"))
+    columns = few_sizes(columns.scatter_reduce_(0, rank, tiles.width, "amax"))
+    full.index_add_(0, rank, tiles.full.long())
+    exact.index_add_(0, rank, ((rows[rank] == tiles.size) & (columns[rank] == tiles.width)).long())
+    # 0: needs a mask, 1: only its padding is masked, which absent ids say, 2: nothing is.
+    full = (full == present).long() * (1 + (exact == n_leads))
+    shapes, kind = torch.stack([rows, columns, full], dim=1).unique(dim=0, return_inverse=True)
     out = []
     for number, (n_rows, n_columns, is_full) in enumerate(shapes.tolist()):
-        mine = kind == number
-        per_lead = tiles.lead[mine].bincount(minlength=n_leads)
-        n_cells = int(per_lead.max())
-        # Tiles are ordered by lead: among mine, the rank within the lead counts from where the lead begins.
-        base = tiles.lead * n_cells + mine.cumsum(0) - 1 - starts_of(per_lead)[tiles.lead]
+        ranks = kind == number
+        n_cells = int(ranks.sum())
+        mine = ranks[rank]
+        base = tiles.lead * n_cells + (ranks.cumsum(0) - 1)[rank]
 
         query = torch.full((n_leads * n_cells * n_rows,), -1)
         some = mine[tiles.key_tile]
@@ -203,6 +211,16 @@ def _write(groups, leading, entries, tiles, slots, slot_start, bounds) -> tuple[
         query, key = query.view(*leading, n_cells, n_rows), key.view(*leading, n_cells, n_columns)
         out.append(ExplicitGroup(query, key, mask))
     return tuple(out)
+
+
+def _rank(tiles: _Tiles) -> Tensor:
+    """Return the place of each tile among those of its lead: masked ones first, then by falling width."""
+    order = (tiles.full * (int(tiles.width.max()) + 1) - tiles.width).argsort(stable=True)
+    order = order[tiles.lead[order].argsort(stable=True)]
+    counts = tiles.lead.bincount()
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order)) - starts_of(counts)[tiles.lead[order]]
+    return rank
 
 
 def _old_columns(group: CellGroup, leading: tuple[int, int], entries: _Entries, part: Tensor) -> Tensor:
