@@ -22,12 +22,30 @@ from torch import Tensor
 
 from foveate.kernels.boxes import Box, Run, pair_runs, read_box
 from foveate.patterns.boxes import AxisClass, BoxGroup
-from foveate.patterns.groups import CellGroup
-from foveate.patterns.schedule import Schedule
+from foveate.patterns.groups import CellGroup, ExplicitGroup
+from foveate.patterns.schedule import Schedule, Weights
 
 # A class of tiles is cut into one item per distinct mask as long as that makes no more items than this;
 # beyond it the masks are stored per cell, which costs memory instead of calls.
 MAX_ITEMS = 64
+
+
+class CellView(NamedTuple):
+    """One item as tensors, for code that forms logits: ids with cells along (c0, c1), and what they have in common.
+
+    Attributes:
+        q_ids: -1 = absent.
+        k_ids: -1 = absent.
+        mask: None when every pair counts.
+        alike: all cells have the same key - query offsets.
+        static: all batches and heads share the cells.
+    """
+
+    q_ids: Int[Tensor, "b h c0 c1 tq"]
+    k_ids: Int[Tensor, "b h c0 c1 tk"]
+    mask: Bool[Tensor, "b h c0 c1 tq tk"] | None
+    alike: bool
+    static: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +115,17 @@ class BoxItem:
         """Add key rows, in place."""
         self.k.add_to(x, cells)
 
-    def ids(self, n_q: int, n_k: int, device) -> tuple[Int[Tensor, "1 1 c0 c1 tq"], Int[Tensor, "1 1 c0 c1 tk"]]:
-        """Return query and key ids."""
+    def view(self, n_q: int, n_k: int, device: torch.device) -> CellView:
+        """Return the item as tensors."""
         both = []
         for box, n in ((self.q, n_q), (self.k, n_k)):
             line = torch.arange(n, device=device).view(1, 1, n, 1)
             both.append(box.take(line).reshape(1, 1, box.c0, box.c1, box.tokens))
-        return both[0], both[1]
+        alike = not self.k.lead and all(
+            (q.outer == 1 or q.outer_step == k.outer_step) and (q.inner == 1 or q.inner_step == k.inner_step)
+            for q, k in zip(self.q.runs, self.k.runs, strict=True)
+        )
+        return CellView(both[0], both[1], self.mask, alike, True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,10 +211,10 @@ class IndexItem:
         """Add key rows, in place; heads that share a key head are summed."""
         self._add(x, self.k_ids, cells)
 
-    def ids(self, n_q: int, n_k: int, device) -> tuple[Int[Tensor, "b h c0 c1 tq"], Int[Tensor, "b h c0 c1 tk"]]:
-        """Return query and key ids."""
+    def view(self, n_q: int, n_k: int, device: torch.device) -> CellView:
+        """Return the item as tensors."""
         dim = 3 if self.static else 2
-        return self.q_ids.unsqueeze(dim), self.k_ids.unsqueeze(dim)
+        return CellView(self.q_ids.unsqueeze(dim), self.k_ids.unsqueeze(dim), self.mask, False, self.static)
 
     def _rows(self, x: Tensor, ids: Tensor, heads: int) -> Int[Tensor, "rows"]:
         """Return positions in `x.view(b * hkv * n, d)`, ordered (b, h, c, t); absent ones are -1."""
@@ -239,10 +261,12 @@ class Program(NamedTuple):
     Attributes:
         code: the items, see `_encode`.
         tensors: ids and masks the code refers to by position.
+        n_items: number of items.
     """
 
     code: tuple[int, ...]
     tensors: tuple[Tensor, ...]
+    n_items: int
 
     def items(self) -> tuple[Item, ...]:
         """Rebuild the items."""
@@ -289,16 +313,32 @@ def _encode(items: Sequence[Item]) -> Program:
             code += [0, store(item.mask), *item.q.ints(), *item.k.ints()]
         else:
             code += [1, store(item.mask), store(item.q_ids), store(item.k_ids)]
-    return Program(tuple(code), tuple(tensors))
+    return Program(tuple(code), tuple(tensors), len(items))
 
 
 def program(schedule: Schedule, device: torch.device) -> Program:
     """Return the program of a schedule on a device; kept as long as the schedule lives."""
 
     def make() -> Program:
-        return _encode([item for group in schedule.groups for item in items_of(group, device)])
+        groups = schedule.groups
+        if isinstance(schedule.combine, Weights):
+            # Their tensors follow the cells of each group: one item a group, in its own order.
+            groups = tuple(
+                ExplicitGroup(g.q_ids(), g.k_ids(), g.mask()) if isinstance(g, BoxGroup) else g for g in groups
+            )
+        return _encode([item for group in groups for item in items_of(group, device)])
 
     return schedule.memo(("tiles", str(device)), make)
+
+
+def views(schedule: Schedule, device: torch.device) -> tuple[CellView, ...]:
+    """Return the items of `program(schedule, device)` as tensors; kept as long as the schedule lives."""
+
+    def make() -> tuple[CellView, ...]:
+        items = program(schedule, device).items()
+        return tuple(item.view(schedule.n_q, schedule.n_k, device) for item in items)
+
+    return schedule.memo(("tiles views", str(device)), make)
 
 
 def items_of(group: CellGroup, device: torch.device) -> list[Item]:

@@ -64,6 +64,14 @@ def static_program(
 
 
 @constant_while_tracing
+def static_views(
+    where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None, device: torch.device
+) -> tuple[CellView, ...]:
+    """Return the items of `static_program` as tensors."""
+    return views(lowered(where, n_q, n_k, tile), device)
+
+
+@constant_while_tracing
 def dense_mask(where: Any, n_q: int, n_k: int, device: torch.device) -> Tensor:
     """Return `where.dense(n_q, n_k)` on a device; small ones are kept."""
     if n_q * n_k > _MASK_BYTES:

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.kernels.cells import BoxItem, Item, Program, fold_heads, program, unfold_heads
-from foveate.kernels.constants import is_traced, static_program
+from foveate.kernels.cells import CellView, Item, Program, fold_heads, program, unfold_heads, views
+from foveate.kernels.constants import is_traced, static_program, static_views
 from foveate.kernels.fused import tiles as fused_tiles
 from foveate.kernels.problem import Problem
 from foveate.kernels.stages import score_stage, weigh_stage
@@ -70,25 +70,40 @@ def fusable(problem: Problem) -> str | None:
     return None
 
 
+class _Work(NamedTuple):
+    """The cells to execute."""
+
+    program: Program
+    plan: Any
+    problem: Problem
+    single: bool  # every query stands in one cell at most
+
+    def views(self) -> tuple[CellView, ...]:
+        """Return the items as tensors."""
+        problem, device = self.problem, self.problem.q.device
+        if problem.schedule is None:
+            return static_views(problem.where, problem.n_q, problem.n_k, self.plan.tile, device)
+        return views(self.plan.schedule, device)
+
+
 def run(problem: Problem, plan: Any) -> tuple[Float[Tensor, "b h nq dv"], Float[Tensor, "b h nq"] | None]:
     """Return the output in the dtype of q, and the natural-log lse in the accumulation dtype (or None)."""
-    prog, single = _prepare(problem, plan)
-    if not prog.code or 0 in (*problem.q.shape, *problem.v.shape):
+    work = _prepare(problem, plan)
+    if not work.program.code or 0 in (*problem.q.shape, *problem.v.shape):
         return _nothing(problem)
-    if single and fusable(problem) is None:
-        biases = _biases(problem, prog)
+    if work.single and fusable(problem) is None:
+        biases = _biases(problem, work)
         if biases is not None:
-            return _fused(problem, prog, biases)
-    return _plain(problem, prog, single)
+            return _fused(problem, work.program, biases)
+    return _plain(problem, work)
 
 
-def _prepare(problem: Problem, plan: Any) -> tuple[Program, bool]:
-    """Return the program, and whether every query stands in one cell at most."""
+def _prepare(problem: Problem, plan: Any) -> _Work:
     if problem.schedule is None:
-        code, tensors = static_program(problem.where, problem.n_q, problem.n_k, plan.tile, problem.q.device)
-        return Program(code, tensors), True
+        code, tensors, n_items = static_program(problem.where, problem.n_q, problem.n_k, plan.tile, problem.q.device)
+        return _Work(Program(code, tensors, n_items), plan, problem, True)
     schedule = plan.schedule
-    return program(schedule, problem.q.device), schedule.is_single_cell
+    return _Work(program(schedule, problem.q.device), plan, problem, schedule.is_single_cell)
 
 
 def _nothing(problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -115,19 +130,18 @@ def _row_factors(problem: Problem) -> tuple[list[Tensor], list]:
     return factors, rest
 
 
-def _biases(problem: Problem, prog: Program) -> list[Tensor | None] | None:
+def _biases(problem: Problem, work: _Work) -> list[Tensor | None] | None:
     """Return what is added to the logits of each item, `(b, h, c0, c1, tq, tk)` up to broadcasting.
 
     None when it would not fit in BIAS_BYTES.
     """
     _, rest = _row_factors(problem)
-    items = prog.items()
     if not rest and problem.mask is None:
-        return [None] * len(items)
+        return [None] * work.program.n_items
     biases, total = [], 0
     with torch.no_grad():
-        for item in items:
-            at = _pairs(problem, item)
+        for view in work.views():
+            at = _pairs(problem, view)
             bias = None
             for part in rest:
                 value = part.values(at).to(problem.accumulate)  # type: ignore[attr-defined]
@@ -176,30 +190,28 @@ class _Result(NamedTuple):
     lse: Float[Tensor, "c0 b h c1 tq"] | None
 
 
-def _plain(problem: Problem, prog: Program, single: bool) -> tuple[Tensor, Tensor | None]:
-    merge_lse = problem.one_rule and problem.weigh.mergeable == "lse" and not single
+def _plain(problem: Problem, work: _Work) -> tuple[Tensor, Tensor | None]:
+    prog = work.program
+    merge_lse = problem.one_rule and problem.weigh.mergeable == "lse" and not work.single
     inner = problem
     if merge_lse and isinstance(problem.weigh, Softmax):
         inner = replace(problem, weigh=problem.weigh.bare())
-    items = prog.items()
     q, k, v = (x.to(problem.accumulate) for x in (problem.q, problem.k, problem.v))
     if problem.needs_grad or torch.compiler.is_compiling():
         tensors, code = list(prog.tensors), list(prog.code)
-        taken = zip(
-            take_cells(q, tensors, code, QUERIES, problem.heads),
-            take_cells(k, tensors, code, KEYS, problem.heads),
-            take_cells(v, tensors, code, KEYS, problem.heads),
-            strict=True,
-        )
-        results = [_cell(inner, item, *cells) for item, cells in zip(items, taken, strict=True)]
+        qs = take_cells(q, tensors, code, QUERIES, problem.heads)
+        ks = take_cells(k, tensors, code, KEYS, problem.heads)
+        vs = take_cells(v, tensors, code, KEYS, problem.heads)
+        every = work.views()
+        results = [_cell(inner, every[i], qs[i], ks[i], vs[i]) for i in range(len(every))]
     else:
-        results = [_bounded(inner, item, q, k, v) for item in items]
+        results = [_bounded(inner, item, q, k, v) for item in prog.items()]
     outs = [r.out for r in results]
     if not problem.one_rule:
-        return _combined(problem, prog, items, outs).to(problem.dtype), None
+        return _combined(problem, work, outs).to(problem.dtype), None
     lses = [r.lse for r in results]
     if merge_lse:
-        out, lse = _merged(problem, prog, items, outs, lses)
+        out, lse = _merged(problem, work, outs, lses)
         if isinstance(problem.weigh, Softmax):
             out, lse = problem.weigh.finish(out, lse)
     else:
@@ -208,14 +220,14 @@ def _plain(problem: Problem, prog: Program, single: bool) -> tuple[Tensor, Tenso
     return out.to(problem.dtype), lse if problem.return_lse else None
 
 
-def _cell(problem: Problem, item: Item, qc: Tensor, kc: Tensor, vc: Tensor) -> _Result:
+def _cell(problem: Problem, view: CellView, qc: Tensor, kc: Tensor, vc: Tensor) -> _Result:
     """Attend inside the cells of one item, given what was gathered for them."""
     b, h, c1 = qc.shape[1:4]
     share = h // kc.shape[2]
     products = fold_heads(qc, share) @ kc.flatten(1, 3).transpose(-2, -1)
     products = unfold_heads(products, share, b, h, c1).permute(1, 2, 0, 3, 4, 5)
-    at = _pairs(problem, item)
-    weights, lse = weigh_stage(problem, score_stage(problem, products, at), at, item.mask)
+    at = _pairs(problem, view)
+    weights, lse = weigh_stage(problem, score_stage(problem, products, at), at, view.mask)
     weights = weights.permute(2, 0, 1, 3, 4, 5)
     out = fold_heads(weights, share) @ vc.flatten(1, 3)
     return _Result(
@@ -232,8 +244,9 @@ def _bounded(problem: Problem, item: Item, q: Tensor, k: Tensor, v: Tensor) -> _
     parts = []
     for first in range(0, item.cells, step):
         part = item if step >= item.cells else item.narrow(first, min(first + step, item.cells))
+        view = part.view(problem.n_q, problem.n_k, q.device)
         parts.append(
-            _cell(problem, part, part.take_q(q), part.take_k(k, q.shape[1]), part.take_k(v, q.shape[1]))
+            _cell(problem, view, part.take_q(q), part.take_k(k, q.shape[1]), part.take_k(v, q.shape[1]))
         )
     if len(parts) == 1:
         return parts[0]
@@ -241,20 +254,8 @@ def _bounded(problem: Problem, item: Item, q: Tensor, k: Tensor, v: Tensor) -> _
     return _Result(torch.cat([p.out for p in parts], along), torch.cat(lses, along) if lses else None)
 
 
-def _pairs(problem: Problem, item: Item) -> Pairs:
-    q_ids, k_ids = item.ids(problem.n_q, problem.n_k, problem.q.device)
-    return problem.pairs(q_ids, k_ids, alike=_alike(item))
-
-
-def _alike(item: Item) -> bool:
-    """Whether all cells have the same key - query offsets."""
-    if not isinstance(item, BoxItem) or item.k.lead:
-        return False
-    pairs = zip(item.q.runs, item.k.runs, strict=True)
-    return all(
-        (q.outer == 1 or q.outer_step == k.outer_step) and (q.inner == 1 or q.inner_step == k.inner_step)
-        for q, k in pairs
-    )
+def _pairs(problem: Problem, view: CellView) -> Pairs:
+    return problem.pairs(view.q_ids, view.k_ids, alike=view.alike)
 
 
 def _fold(problem: Problem, prog: Program, cells: Sequence[Tensor], width: int) -> Float[Tensor, "b h nq w"]:
@@ -275,20 +276,15 @@ def _fold_lse(
 
 
 def _merged(
-    problem: Problem,
-    prog: Program,
-    items: Sequence[Item],
-    outs: Sequence[Tensor],
-    lses: Sequence[Tensor | None],
+    problem: Problem, work: _Work, outs: Sequence[Tensor], lses: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     """Merge the cells of a query by log-sum-exp."""
     b, h, n_q = problem.batch, problem.heads, problem.n_q
     found = [lse for lse in lses if lse is not None]
     top = problem.q.new_full((b, h, n_q + 1), NEG_INF, dtype=problem.accumulate)
     indices = []
-    for item, lse in zip(items, found, strict=True):
-        ids, _ = item.ids(n_q, problem.n_k, problem.q.device)
-        index = torch.where(ids < 0, n_q, ids).expand(b, h, *ids.shape[2:])
+    for view, lse in zip(work.views(), found, strict=True):
+        index = torch.where(view.q_ids < 0, n_q, view.q_ids).expand(b, h, *view.q_ids.shape[2:])
         indices.append(index)
         # The maximum only keeps exp() in range, a constant at every order of differentiation.
         rows = lse.detach().permute(1, 2, 0, 3, 4).reshape(b, h, -1)
@@ -298,42 +294,37 @@ def _merged(
     for index, lse in zip(indices, found, strict=True):
         own = top.gather(2, index.reshape(b, h, -1)).view(index.shape).permute(2, 0, 1, 3, 4)
         shares.append(torch.exp(lse - own).unsqueeze(-1))
-    total = _fold(problem, prog, shares, 1)
+    total = _fold(problem, work.program, shares, 1)
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
     weighted = [out * share for out, share in zip(outs, shares, strict=True)]
-    out = _fold(problem, prog, weighted, problem.d_v) / total
+    out = _fold(problem, work.program, weighted, problem.d_v) / total
     return out, (top[..., :n_q] + total.squeeze(-1).log()).masked_fill(empty.squeeze(-1), NEG_INF)
 
 
-def _combined(problem: Problem, prog: Program, items: Sequence[Item], outs: Sequence[Tensor]) -> Tensor:
+def _combined(problem: Problem, work: _Work, outs: Sequence[Tensor]) -> Tensor:
     """Combine the finished outputs of the cells of a query: sum, mean or weighted sum."""
     combine = problem.combine
-    weights = getattr(combine, "weights", None)
-    if weights is not None:
-        outs = [_weighted(item, out, w) for item, out, w in zip(items, outs, _per_item(problem, prog, weights), strict=True)]
-    present = []
-    for item, out in zip(items, outs, strict=True):
-        ids, _ = item.ids(problem.n_q, problem.n_k, out.device)
-        here = (ids >= 0).to(out.dtype).permute(2, 0, 1, 3, 4).unsqueeze(-1)
-        present.append(here.expand(*out.shape[:-1], 1))
-    total = _fold(problem, prog, [o * p for o, p in zip(outs, present, strict=True)], problem.d_v)
+    weights = [None] * len(outs)
+    if hasattr(combine, "weights"):
+        # With Weights there is one item a group, see `program`; groups without cells are left out.
+        groups = problem.schedule.groups
+        kept = [w for g, w in zip(groups, combine.weights, strict=True) if g.n_cells and g.tq and g.tk]
+        weights = [w.to(outs[0].dtype) for w in kept]
+    scaled, present = [], []
+    for view, out, weight in zip(work.views(), outs, weights, strict=True):
+        here = (view.q_ids >= 0).to(out.dtype)
+        present.append(_slots(here, out))
+        if weight is not None:  # (b, h, c, tq)
+            here = here * weight.unsqueeze(3 if view.static else 2)
+        scaled.append(out * _slots(here, out))
+    total = _fold(problem, work.program, scaled, problem.d_v)
     if hasattr(combine, "eps"):
-        count = _fold(problem, prog, present, 1) + combine.eps
+        count = _fold(problem, work.program, present, 1) + combine.eps
         total = total / count.masked_fill(count == 0, 1.0)
     return total
 
 
-def _per_item(problem: Problem, prog: Program, weights: Sequence[Tensor]) -> list[Tensor]:
-    """Return one weight tensor per item. Combining schedules come from Selections: one item per group."""
-    groups = [g for g in problem.schedule.groups if g.n_cells and g.tq and g.tk]
-    kept = [w for g, w in zip(problem.schedule.groups, weights, strict=True) if g.n_cells and g.tq and g.tk]
-    if len(groups) != len(prog.items()):
-        raise NotImplementedError("Weights over groups in closed form")
-    return kept
-
-
-def _weighted(item: Item, out: Tensor, weight: Tensor) -> Tensor:
-    weight = weight.to(out.dtype)  # (b, h, c, tq)
-    weight = weight.unsqueeze(3 if item.static else 2)  # (b, h, c0, c1, tq)
-    return out * weight.permute(2, 0, 1, 3, 4).unsqueeze(-1)
+def _slots(x: Float[Tensor, "b h c0 c1 tq"], like: Tensor) -> Float[Tensor, "c0 b h c1 tq 1"]:
+    """Bring one number per query slot to the layout of outputs."""
+    return x.permute(2, 0, 1, 3, 4).unsqueeze(-1).expand(*like.shape[:-1], 1)
