@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.core.errors import ArgumentError
-from foveate.patterns import Causal, Segments
+from foveate.patterns import Causal, Segments, SlidingWindow
 
 
 def by_ids(q, k):
@@ -67,9 +67,21 @@ def test_ragged_lengths_waste_little():
     assert computed == 512**2 + 64 * 8**2
 
 
+def test_a_pattern_narrows_long_segments():
+    q = torch.repeat_interleave(torch.arange(3), torch.tensor([1000, 24, 300]))[None]
+    where = Segments(q) & SlidingWindow(31)
+    assert torch.equal(where.dense(), by_ids(q, q) & SlidingWindow(31).dense(1324))
+    computed = sum(cell.q_ids.numel() * cell.k_ids.shape[-1] for cell in where.cells)
+    assert computed < 1.2 * 1324 * (31 + 64)
+    # Short segments must not grow to the size of a tile.
+    short = Segments(torch.arange(40)[None] // 4) & Causal()
+    assert sum(cell.q_ids.numel() * cell.k_ids.shape[-1] for cell in short.cells) == 10 * 4 * 4
+
+
 def test_nothing_but_padding():
     assert not Segments(torch.full((2, 3), -1)).dense().any()
-    assert Segments(torch.zeros(0, 3).long()).dense().shape == (0, 1, 3, 3)
+    nobody = torch.zeros(0, 3).long()
+    assert Segments(nobody).dense().shape == (Segments(nobody) & Causal()).dense().shape == (0, 1, 3, 3)
 
 
 def test_errors():

@@ -58,6 +58,13 @@ def test_distinct_keeps_each_pair_once(s):
     assert torch.equal(by_cells(once), (by_cells(s) > 0).long())
 
 
+@given(selections(once=False), st.integers(1, 4))
+def test_tiled_keeps_every_pair(s, tile):
+    cut = s.tiled(tile)
+    assert torch.equal(by_cells(cut), by_cells(s))
+    assert all(cell.q_ids.shape[-1] <= tile for cell in cut.cells)
+
+
 @given(selections(), st.data())
 def test_with_patterns(s, data):
     p = data.draw(patterns(7, 9))
@@ -89,6 +96,13 @@ def test_with_schedules(s, data):
     schedule, theirs = other.schedule, other.dense()
     assert torch.equal((s & schedule).dense(), s.dense() & theirs)
     assert torch.equal((s | schedule).dense(), s.dense() | theirs)
+    # Without any cell left there is nothing to tell batch elements apart by.
+    met = (schedule & s).dense()
+    assert torch.equal(met.expand(s.dense().shape), s.dense() & theirs)
+    assert torch.equal((Causal() & schedule).dense(), Causal().dense(7, 9) & theirs)
+    assert torch.equal((schedule | Causal()).dense(), Causal().dense(7, 9) | theirs)
+    assert torch.equal((schedule & schedule).dense(), theirs)
+    assert torch.equal((~schedule).dense(), ~theirs)
 
 
 @given(selections())
@@ -155,6 +169,7 @@ def test_errors():
         (lambda: Selection(q, k, torch.ones(1, 1, 2, 4, 4).bool(), n_q=4, n_k=4), "mask"),
         (lambda: Selection(q, k, torch.ones(1, 1, 1, 2, 3, 4).bool(), n_q=4, n_k=4), "mask"),
         (lambda: Selection(q, k, n_q=-4, n_k=4), "n_q"),
+        (lambda: Selection(q, k, n_q=4, n_k=4).tiled(0), "tile"),
         (lambda: Selection(q, k, n_q=4, n_k=4) & Selection(q, k, n_q=5, n_k=4), "n_q"),
         (lambda: Selection(q, k, n_q=4, n_k=4) & Halo(5, 2, 1), "n_q"),
     ]:

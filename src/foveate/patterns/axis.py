@@ -163,7 +163,7 @@ class AxisRule:
         return inside & ((j - self.start[:, None]) % self.step == 0)
 
     def keys_of(self, positions: Int[Tensor, "p"]) -> Int[Tensor, "m"]:
-        """Return the sorted union of the keys of some query positions, in O(positions + range of the keys)."""
+        """Return the sorted union of the keys of some queries, in O(positions + range of the keys)."""
         some = positions[self.count[positions] > 0]
         if some.numel() == 0:
             return some

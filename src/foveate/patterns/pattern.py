@@ -152,10 +152,7 @@ class Pattern:
         return self._mask_mod(*self.lengths(n_q, n_k))
 
     def _mask_mod(self, n_q: int, n_k: int) -> MaskMod:
-        def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return self.allowed(q, k, n_q, n_k)
-
-        return mask_mod
+        return lambda b, h, q, k: self.allowed(q, k, n_q, n_k)
 
     def phantoms(self, n_q: int | None = None) -> int:
         """Count the (query, phantom key) pairs of a zero border; `dense()` leaves them out."""

@@ -7,9 +7,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from foveate.core.errors import bad
-from foveate.patterns.selection import Cells, Selection
+from foveate.patterns.cells import Cells
+from foveate.patterns.pattern import Pattern
+from foveate.patterns.selection import Selection
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Queries of a cell once a pattern narrows a segment down; near the default tiles of one-dimensional patterns.
+_TILE = 64
 
 
 class Segments(Selection):
@@ -46,9 +50,16 @@ class Segments(Selection):
         q_ids, k_ids = q_ids.long().expand(batch, -1), k_ids.long().expand(batch, -1)
         self._set(_segment_cells(q_ids, k_ids), q_ids.shape[1], k_ids.shape[1], "lse")
 
+    def __and__(self, other: object) -> Selection:
+        """Keep the pairs that `other` has too; long segments are cut into tiles, which see fewer keys."""
+        kept = super().__and__(other)
+        return kept.tiled(_TILE) if isinstance(other, Pattern) else kept
+
+    __rand__ = __and__
+
 
 def _segment_cells(q_ids: Tensor, k_ids: Tensor) -> tuple[Cells, ...]:
-    """Gather each segment into a cell. Loops over classes of lengths only, never over tokens or segments."""
+    """Gather each segment into a cell. Loops over classes of lengths only, never over tokens."""
     batch, device = q_ids.shape[0], q_ids.device
     # One number per (batch row, segment id), in order of rows.
     both = torch.cat([q_ids, k_ids], dim=1)

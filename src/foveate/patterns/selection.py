@@ -7,7 +7,6 @@ algebra works on the pairs inside the cells, so that memory goes with them and n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -15,40 +14,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from foveate.core.errors import bad
+from foveate.patterns.cells import Cells, cells_of
 from foveate.patterns.compose import refuse_phantoms
 from foveate.patterns.groups import ExplicitGroup
 from foveate.patterns.lower import lower
-from foveate.patterns.pattern import Pattern, check_length
+from foveate.patterns.pattern import Pattern, check_int, check_length
 from foveate.patterns.schedule import Combine, Schedule
-
-
-@dataclass(frozen=True, eq=False)
-class Cells:
-    """Cells of one shape. Leading sizes `b`, `h` are 1 where batch elements or heads share them.
-
-    Attributes:
-        q_ids: (b, h, C, tq) int64 query ids; -1 is no query.
-        k_ids: (b, h, C, tk) int64 key ids; -1 is no key.
-        mask: bool, broadcastable to (b, h, C, tq, tk), or None; True means "may attend".
-    """
-
-    q_ids: Int[Tensor, "b h c tq"]
-    k_ids: Int[Tensor, "b h c tk"]
-    mask: Bool[Tensor, "..."] | None = None
-
-    def allowed(self) -> Bool[Tensor, "b h c tq tk"]:
-        """Return the mask with absent queries and keys taken out."""
-        present = (self.q_ids >= 0)[..., :, None] & (self.k_ids >= 0)[..., None, :]
-        return present if self.mask is None else present & self.mask
-
-    def filtered(self, keep: Bool[Tensor, "..."]) -> Cells:
-        """Return the cells with the pairs that `keep` (broadcastable) says."""
-        return _cells(self.q_ids, self.k_ids, keep if self.mask is None else self.mask & keep)
-
-    def codes(self, n_q: int, n_k: int) -> Int[Tensor, "b h pairs"]:
-        """Number each pair `q * n_k + k`; pairs that are masked out get `n_q * n_k`."""
-        pair = self.q_ids[..., :, None] * n_k + self.k_ids[..., None, :]
-        return pair.masked_fill(~self.allowed(), n_q * n_k).flatten(2)
 
 
 class Selection:
@@ -75,6 +46,11 @@ class Selection:
             for the device): `schedule.validate()` does.
     """
 
+    cells: tuple[Cells, ...]
+    n_q: int
+    n_k: int
+    combine: Combine
+
     def __init__(
         self,
         q_ids: Int[Tensor, "#b #h c tq"],
@@ -95,7 +71,7 @@ class Selection:
         check_length(n_q, "n_q")
         check_length(n_k, "n_k")
         try:
-            cells = _cells(q_ids, k_ids, mask)
+            cells = cells_of(q_ids, k_ids, mask)
         except RuntimeError:
             shapes = [tuple(t.shape) for t in (q_ids, k_ids, mask) if t is not None]
             raise bad(
@@ -116,7 +92,7 @@ class Selection:
     @classmethod
     def of_schedule(cls, schedule: Schedule) -> Selection:
         """Make a selection with the cells of a schedule."""
-        cells = [_cells(group.q_ids(), group.k_ids(), group.mask()) for group in schedule.groups]
+        cells = [cells_of(group.q_ids(), group.k_ids(), group.mask()) for group in schedule.groups]
         return cls.of_cells(cells, schedule.n_q, schedule.n_k, schedule.combine)
 
     @classmethod
@@ -170,7 +146,7 @@ class Selection:
     def distinct(self) -> Selection:
         """Return the same pairs, each in its first cell only. Sorts the pairs; O(pairs) memory."""
         b, h = self.batch
-        cells = [_spread(cell, b, h) for cell in self.cells]
+        cells = [cell.spread(b, h) for cell in self.cells]
         codes = torch.cat([cell.codes(self.n_q, self.n_k) for cell in cells], dim=-1)
         line, order = codes.sort(dim=-1, stable=True)
         again = torch.zeros_like(line, dtype=torch.bool)
@@ -183,7 +159,16 @@ class Selection:
             [c.filtered(part.reshape(shape)) for c, part, shape in zip(cells, parts, shapes, strict=True)]
         )
 
-    def holds(self, q: Int[Tensor, "b h ..."], k: Int[Tensor, "b h ..."]) -> Bool[Tensor, "b h ..."]:
+    def tiled(self, tile: int) -> Selection:
+        """Return the same pairs in cells of at most `tile` queries, without the keys that none of them needs.
+
+        Worth it where a mask empties large parts of large cells. Reads counts from the device; not for
+        selections with `Weights`, which belong to the cells as they were.
+        """
+        check_int(tile, "tile", 1)
+        return self._with([part for cell in self.cells for part in cell.tiles(tile)])
+
+    def holds(self, q: Int[Tensor, "#b #h ..."], k: Int[Tensor, "#b #h ..."]) -> Bool[Tensor, "..."]:
         """Say whether the selection has the pairs (q, k), ids that broadcast (B or 1, H or 1, ...)."""
         b, h = torch.broadcast_shapes(self.batch, q.shape[:2], k.shape[:2])
         sought = q * self.n_k + k
@@ -241,7 +226,7 @@ class Selection:
         self._needs_lse("~")
         every_q = torch.arange(self.n_q, device=self.device).expand(1, 1, 1, -1)
         every_k = torch.arange(self.n_k, device=self.device).expand(1, 1, 1, -1)
-        return self._with([_cells(every_q, every_k, ~self.dense()[:, :, None])])
+        return self._with([cells_of(every_q, every_k, ~self.dense()[:, :, None])])
 
     def _filter(self, pattern: Pattern) -> Selection:
         pattern.check(self.n_q, self.n_k)
@@ -264,25 +249,6 @@ class Selection:
             f"{tuple(c.q_ids.shape[:3])} cells of {c.q_ids.shape[3]}x{c.k_ids.shape[3]}" for c in self.cells
         )
         return f"<{type(self).__name__} n_q={self.n_q} n_k={self.n_k} combine={self.combine!r}: {shapes}>"
-
-
-def _cells(q_ids: Tensor, k_ids: Tensor, mask: Tensor | None) -> Cells:
-    """Bring ids and mask to common leading sizes, as views."""
-    lead = [q_ids.shape[:2], k_ids.shape[:2]]
-    if mask is not None:
-        mask = mask.reshape((1,) * (5 - mask.dim()) + mask.shape)
-        whole = (*q_ids.shape[2:], k_ids.shape[3])
-        if mask.dim() != 5 or any(
-            size not in (1, want) for size, want in zip(mask.shape[2:], whole, strict=True)
-        ):
-            raise RuntimeError("the mask does not fit the cells")
-        lead.append(mask.shape[:2])
-    b, h = torch.broadcast_shapes(*lead)
-    return Cells(q_ids.expand(b, h, -1, -1), k_ids.expand(b, h, -1, -1), mask)
-
-
-def _spread(cell: Cells, b: int, h: int) -> Cells:
-    return Cells(cell.q_ids.expand(b, h, -1, -1), cell.k_ids.expand(b, h, -1, -1), cell.mask)
 
 
 def _selection(other: object) -> Selection | None:
