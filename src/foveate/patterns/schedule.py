@@ -33,6 +33,9 @@ class Mean:
 
     eps: float = 0.0
 
+    def __repr__(self) -> str:  # the one dataclasses make cannot be traced by torch.compile
+        return f"Mean(eps={self.eps!r})"
+
 
 class Weights:
     """A query's output is the sum over its cells of weight times the cell's output.
@@ -225,12 +228,36 @@ class Schedule:
         """Return what `make()` returned the first time `key` was asked for, on this very schedule.
 
         Backends keep what they derive from the cells here (materialised ids, flattened arrays), so that it
-        lives exactly as long as the schedule. Thread-safe; `make` runs once.
+        lives exactly as long as the schedule. Thread-safe; `make` runs once (while torch.compile traces, every
+        time: what it traces belongs to the graph and to no schedule).
         """
+        if torch.compiler.is_compiling():
+            return make()
         with self._lock:
             if key not in self._memo:
                 self._memo[key] = make()
             return self._memo[key]
+
+    # A mix is a Selection, imported late because it is built upon this file.
+    def __and__(self, other):
+        """Keep the pairs that `other` (Pattern, Selection, Schedule) has too: a Selection."""
+        return self._selection() & other
+
+    def __or__(self, other):
+        """Add the pairs of `other` (Pattern, Selection, Schedule): a Selection."""
+        return self._selection() | other
+
+    def __invert__(self):
+        """All pairs the schedule does not have: a Selection."""
+        return ~self._selection()
+
+    __rand__ = __and__
+    __ror__ = __or__
+
+    def _selection(self):
+        from foveate.patterns.selection import Selection
+
+        return Selection.of_schedule(self)
 
     def __repr__(self) -> str:
         kind = "closed form" if self.product is not None else "explicit"
