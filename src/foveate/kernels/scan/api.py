@@ -105,9 +105,9 @@ def scan(
         raise bad(
             "causal", causal, 'True or "reverse" when states are used', "A two-sided scan has no one state."
         )
+    problem = prepare(q, k, v, decay, scale, initial_state, segments)
     # Under autocast every product below would be rounded to half precision; the contract is float32.
     with torch.autocast(device_type=q.device.type, enabled=False):
-        problem = prepare(q, k, v, decay, scale, initial_state, segments)
         if causal is True:
             out, state = form(problem.folded())
         elif causal == "reverse":

@@ -68,7 +68,7 @@ def crossover_length(*, dk: int, dv: int, decay: Decay = "head", chunk: int = 64
     Dense causal attention is counted at its N (N + 1) / 2 pairs, 2 (dk + dv) operations each.
     """
     per_token = _chunk_flops(chunk, dk, dv, decay) / chunk
-    return max(1, -int(-per_token // (dk + dv)) - 1)
+    return max(1, int(per_token // (dk + dv)))
 
 
 def _chunk_flops(c: int, dk: int, dv: int, decay: Decay) -> int:
