@@ -14,10 +14,10 @@ def generic(vector):
     grid = Grid(*vector.input("query").shape[1:-2])
     where = Neighborhood(
         grid,
-        tuple(config["kernel_size"]),
-        dilation=tuple(config["dilation"]),
-        stride=tuple(config["stride"]),
-        causal=tuple(config["is_causal"]),
+        config["kernel_size"],
+        dilation=config.get("dilation", 1),
+        stride=config.get("stride", 1),
+        causal=config.get("is_causal", False),
     )
     tensors = {name: heads_first(tensor) for name, tensor in vector.inputs().items()}
     out, lse = neighborhood_attention(

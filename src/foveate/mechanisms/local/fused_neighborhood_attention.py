@@ -26,6 +26,7 @@ from foveate.kernels.attend import attend
 from foveate.kernels.merge import merge
 from foveate.mechanisms.inputs import check_tokens
 from foveate.mechanisms.projections import QKV, merge_heads
+from foveate.mechanisms.static import frozen, on_grid
 from foveate.patterns.grids import Neighborhood
 
 PerAxis = int | Sequence[int]
@@ -112,7 +113,7 @@ class NeighborhoodAttention(nn.Module):
     ):
         super().__init__()
         self.dim, self.heads, self.scale, self.backend = dim, heads, scale, backend
-        self.window, self.dilation, self.causal = window, dilation, causal
+        self.window, self.dilation, self.causal = frozen(window), frozen(dilation), frozen(causal)
         self.qkv = QKV(dim, heads, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -130,7 +131,7 @@ class NeighborhoodAttention(nn.Module):
         Raises:
             ArgumentError: naming `window`, `dilation` or `causal` when it does not fit the grid.
         """
-        return Neighborhood(grid, self.window, dilation=self.dilation, causal=self.causal)
+        return on_grid(Neighborhood, grid, self.window, self.dilation, 1, self.causal)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid) -> Float[Tensor, "b n c"]:
         """Mix the tokens of `grid`.

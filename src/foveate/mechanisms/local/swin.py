@@ -26,6 +26,7 @@ from foveate.kernels.attend import attend
 from foveate.mechanisms.inputs import check_tokens, refuse_causal
 from foveate.mechanisms.positions import RelativeBias
 from foveate.mechanisms.projections import QKV, merge_heads
+from foveate.mechanisms.static import on_grid
 from foveate.patterns.grids import Windows
 
 WINDOWS = {1: (49, 64), 2: (7, 8), 3: (4, 4)}
@@ -100,11 +101,12 @@ class WindowAttention(nn.Module):
         Square windows follow the authors: when the smallest side holds no more than one window, the window
         shrinks to that side on every axis and is not shifted. Others do so axis by axis.
         """
-        if len(set(self.window)) == 1 and min(grid) <= self.window[0]:
-            return Windows(grid, min(grid))
-        window = tuple(min(w, size) for w, size in zip(self.window, grid, strict=True))
-        fits = [w < size for w, size in zip(self.window, grid, strict=True)]
-        return Windows(grid, window, tuple(s if ok else 0 for s, ok in zip(self.shift, fits, strict=True)))
+        if len(set(self.window)) == 1 and min(grid.sizes) <= self.window[0]:
+            return on_grid(Windows, grid, min(grid.sizes))
+        window = tuple(min(w, size) for w, size in zip(self.window, grid.sizes, strict=True))
+        fits = [w < size for w, size in zip(self.window, grid.sizes, strict=True)]
+        shift = tuple(s if ok else 0 for s, ok in zip(self.shift, fits, strict=True))
+        return on_grid(Windows, grid, window, shift)
 
     def forward(
         self, x: Float[Tensor, "b n c"], grid: Grid, *, mask: Tensor | None = None
