@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from foveate.core.errors import bad
 from foveate.core.grid import Grid
+from foveate.core.lazy import cached_property
 from foveate.patterns.selection import Selection
 
 
