@@ -82,10 +82,10 @@ def combine_cells(
         present = (ids >= 0).to(out.dtype)
         if factor is not None:
             out = out * factor.to(out.dtype).unsqueeze(-1)
-        rows = (out * present.unsqueeze(-1)).expand(b, h, *out.shape[2:]).reshape(b, h, -1, d_v)
-        index = ids.clamp_min(0).expand(b, h, *ids.shape[2:]).reshape(b, h, -1)
+        rows = (out * present.unsqueeze(-1)).expand(b, h, *out.shape[2:]).flatten(2, -2)
+        index = ids.clamp_min(0).expand(b, h, *ids.shape[2:]).flatten(2)
         total = total.scatter_add(2, index.unsqueeze(-1).expand(-1, -1, -1, d_v), rows)
-        count = count.scatter_add(2, index, present.expand(b, h, *ids.shape[2:]).reshape(b, h, -1))
+        count = count.scatter_add(2, index, present.expand(b, h, *ids.shape[2:]).flatten(2))
     if hasattr(combine, "eps"):
         return _divide(total, count.unsqueeze(-1) + combine.eps)
     return total

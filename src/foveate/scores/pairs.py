@@ -140,16 +140,19 @@ def take_rows(
     b, h = max(x.shape[0], ids.shape[0]), max(x.shape[1], ids.shape[1])
     if 0 in (x.shape[0], ids.shape[0]):
         b = 0
-    flat = ids.reshape(*ids.shape[:2], -1).expand(b, h, -1)
-    index = flat.reshape(b, h, -1, *([1] * len(rest))).expand(b, h, -1, *rest)
+    flat = ids.flatten(2).expand(b, h, -1)  # `flatten` and not -1: a batch may be empty
+    index = flat.reshape(*flat.shape, *([1] * len(rest))).expand(*flat.shape, *rest)
     rows = x.expand(b, h, *x.shape[2:]).gather(2, index)
     return rows.reshape(b, h, *ids.shape[2:], *rest)
 
 
 def take_pairs(
     x: Shaped[Tensor, "b h nq nk"], at: Pairs, *, phantom: float | bool = 0
-) -> Shaped[Tensor, "b h *cells tq tk"]:
-    """Look a (possibly broadcast) N_q x N_k map up at the pairs; phantom keys read `phantom`."""
+) -> Shaped[Tensor, "..."]:
+    """Look an N_q x N_k map up at the pairs; phantom keys read `phantom`.
+
+    The result broadcasts to `(b, h, *cells, tq, tk)`: what was size 1 in the map stays size 1.
+    """
     if at.frame is not None and x.shape[-1] > 1:
         x = at.frame.pad(x, dim=-1, value=phantom)
     if at.dense:
