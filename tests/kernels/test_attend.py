@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from foveate.core.grid import Grid
 from foveate.kernels.attend import attend
 from foveate.patterns.basic import Causal, SlidingWindow
-from foveate.patterns.grids import Neighborhood
+from foveate.patterns.grids import Halo, Neighborhood
+from foveate.patterns.schedule import Mean
 from foveate.patterns.segments import Segments
+from foveate.patterns.selection import Selection
 from foveate.scores.bias import KeyBias
 from foveate.scores.relative import RelativeTable
 
@@ -199,3 +201,25 @@ def test_vmap_of_the_reference():
     torch.testing.assert_close(
         grads[1], torch.func.grad(lambda q: f(q, mask[1], table[1]).square().sum())(q[1])
     )
+
+
+def _routed(q, combine):
+    ids = q.mean(-1).argsort(-1).reshape(1, 2, 4, 4)
+    return Selection(ids, ids, n_q=16, n_k=16, combine=combine)
+
+
+INSIDE = {
+    "causal": lambda q: Causal(),
+    "mixed": lambda q: (Neighborhood(Grid(4, 4), 3) | SlidingWindow(2)) & Causal(),
+    "phantoms": lambda q: Halo(Grid(4, 4), 2, 1, border="zero"),
+    "routed": lambda q: _routed(q, "lse"),
+    "routed mean": lambda q: _routed(q, Mean(0.01)),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_patterns_and_selections_made_inside_a_compiled_function(name):
+    torch._dynamo.reset()
+    f = lambda q: attend(q, q, q, where=INSIDE[name](q))  # noqa: E731
+    q = torch.randn(1, 2, 16, 4)
+    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="eager")(q), f(q))

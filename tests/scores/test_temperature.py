@@ -3,6 +3,7 @@ import torch
 
 from foveate.core.errors import ArgumentError
 from foveate.kernels.attend import attend
+from foveate.scores.pairs import Pairs
 from foveate.scores.temperature import RowFactor, SoftCap
 from tests.scores.blocks import B, H, dense_and_cells, gradients
 
@@ -14,8 +15,6 @@ def test_row_factor_multiplies_rows(shape, per_head):
     base = torch.randn(B, H, 5, 6, dtype=torch.float64)
     want, got = dense_and_cells(RowFactor(t), 5, 6, per_head=per_head, base=base)
     assert torch.equal(want, got)
-    from foveate.scores.pairs import Pairs
-
     assert torch.equal(RowFactor(t).apply(base, Pairs.full(5, 6)), base * t.expand(B, H, 5)[..., None])
 
 
@@ -27,9 +26,9 @@ def test_temperature_equals_scale():
 
 def test_soft_cap_bounds_and_keeps_small_logits():
     x = torch.linspace(-1e4, 1e4, 7, dtype=torch.float64).reshape(1, 1, 1, 7)
-    y = SoftCap(30.0).apply(x, None)  # type: ignore[arg-type]
+    y = SoftCap(30.0).apply(x, Pairs.full(1, 7))
     assert y.abs().max() <= 30
-    torch.testing.assert_close(SoftCap(30.0).apply(x * 1e-7, None), x * 1e-7, rtol=1e-8, atol=0)  # type: ignore
+    torch.testing.assert_close(SoftCap(30.0).apply(x * 1e-7, Pairs.full(1, 7)), x * 1e-7, rtol=1e-8, atol=0)  # type: ignore
 
 
 def test_gradients():

@@ -34,9 +34,9 @@ def attend(
     scale: float | None = ..., backend: str = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attend(
-    q: Float[Tensor, "b h n_q d"],
-    k: Float[Tensor, "b h_kv n_k d"],
-    v: Float[Tensor, "b h_kv n_k d_v"],
+    q: Float[Tensor, "#b h n_q d"],
+    k: Float[Tensor, "#b h_kv n_k d"],
+    v: Float[Tensor, "#b h_kv n_k d_v"],
     *,
     where: Any = None,
     score: Score | Iterable[Score] | None = None,
@@ -46,7 +46,7 @@ def attend(
     scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
-) -> Float[Tensor, "b h n_q d_v"] | tuple[Float[Tensor, "b h n_q d_v"], Float[Tensor, "b h n_q"]]:
+) -> Float[Tensor, "_ h n_q d_v"] | tuple[Float[Tensor, "_ h n_q d_v"], Float[Tensor, "_ h n_q"]]:
     """Attend. With no keyword this is torch's scaled_dot_product_attention, layout included.
 
     In this order: logits = q.k^T * scale; `score` changes them; `where` and `mask` say which pairs exist;
@@ -102,10 +102,10 @@ def _autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any, Any]:
 
 
 def apply(
-    weights: Float[Tensor, "b h n_q n_k"] | Float[Tensor, "b h cells t_q t_k"] | Sequence[Tensor],
-    v: Float[Tensor, "b h_kv n_k d_v"],
+    weights: Float[Tensor, "#b h n_q n_k"] | Float[Tensor, "#b h cells t_q t_k"] | Sequence[Tensor],
+    v: Float[Tensor, "#b h_kv _ d_v"],
     where: Any = None,
-) -> Float[Tensor, "b h n_q d_v"]:
+) -> Float[Tensor, "_ h _ d_v"]:
     """Return the weighted sums of `v` under weights that are already there (outlook attention, re-used maps).
 
     Args:

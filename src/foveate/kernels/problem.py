@@ -16,6 +16,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[r
 from foveate.core.dtypes import FLOATS, accumulation_dtype
 from foveate.core.errors import ArgumentError, bad
 from foveate.core.grid import Grid
+from foveate.patterns.intern import interned, padded
 from foveate.scores.after import After, as_afters
 from foveate.scores.base import Extent, Part, Score, as_scores, lift
 from foveate.scores.pairs import KeyFrame, Pairs
@@ -92,13 +93,12 @@ class Problem:
             for part in parts:
                 _check_part(argument, part, extent, where_on)
         mask = _check_mask(mask, extent, where_on)
+        where = interned(where)
         check_where(where, extent)
         frame = None
-        padded = getattr(where, "padded", lambda: None)()
-        if padded is not None:
-            base = Grid(*(n - a - b for n, a, b in zip(padded.key_grid, padded.lo, padded.hi, strict=True)))
-            frame = KeyFrame(base, padded.key_grid, tuple(padded.lo))
-            k, v, where = frame.pad(k, dim=2), frame.pad(v, dim=2), padded.pattern
+        if getattr(where, "has_phantoms", False):
+            where, frame = _without_phantoms(where)
+            k, v = frame.pad(k, dim=2), frame.pad(v, dim=2)
         problem = cls(
             q=q, k=k, v=v, where=where, score=scores, weigh=rule, after=afters, mask=mask,
             scale=_check_scale(scale, q.shape[-1]), return_lse=bool(return_lse), frame=frame, device=where_on,
@@ -321,6 +321,14 @@ def check_where(where: Any, extent: Extent) -> None:
     ):
         expected = f"cells for (1 or {extent.batch}, 1 or {extent.heads}) batch elements and heads"
         raise bad("where", tuple(told_apart), expected)
+
+
+def _without_phantoms(where: Any) -> tuple[Any, KeyFrame]:
+    """Return the pattern over the padded key grid, and where that grid lies."""
+    wide = padded(where)
+    assert wide is not None
+    base = Grid(*(n - a - b for n, a, b in zip(wide.key_grid, wide.lo, wide.hi, strict=True)))
+    return wide.pattern, KeyFrame(base, wide.key_grid, tuple(wide.lo))
 
 
 def _check_scale(scale: Any, d: int) -> float:

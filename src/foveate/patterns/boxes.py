@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from foveate.core.lazy import cached_property
 from foveate.patterns.groups import CellGroup, KeyRuns, runs_of
 
 

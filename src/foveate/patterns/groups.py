@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from foveate.core.errors import bad
+from foveate.core.lazy import cached_property
 from foveate.patterns.arrays import broadcast_leading
 
 
@@ -218,7 +218,8 @@ class ExplicitGroup(CellGroup):
 
     @cached_property
     def _absent(self) -> bool:
-        return bool((self.query < 0).any() or (self.key < 0).any())
+        # Reading the ids would break a graph, so that compiled code always looks.
+        return torch.compiler.is_compiling() or bool((self.query < 0).any() or (self.key < 0).any())
 
     @cached_property
     def _pairs_per_cell(self) -> Tensor:

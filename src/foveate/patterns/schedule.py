@@ -6,7 +6,6 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.core.errors import bad
+from foveate.core.lazy import cached_property
 from foveate.patterns.arrays import broadcast_leading
 from foveate.patterns.boxes import BoxGroup
 from foveate.patterns.groups import CellGroup
@@ -25,6 +25,8 @@ from foveate.patterns.validate import check_combine, check_disjoint, check_group
 T = TypeVar("T")
 # Entries materialised at a time where a schedule is expanded.
 _CHUNK = 1 << 24
+# One for all schedules: a lock of its own could not be made while torch.compile traces a Selection.
+_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,6 @@ class Schedule:
     combine: Combine = "lse"
     product: BoxProduct | None = field(default=None, kw_only=True, repr=False)
     _memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
-    _lock: Any = field(default_factory=threading.RLock, init=False, repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "groups", tuple(self.groups))
@@ -228,12 +229,12 @@ class Schedule:
         """Return what `make()` returned the first time `key` was asked for, on this very schedule.
 
         Backends keep what they derive from the cells here (materialised ids, flattened arrays), so that it
-        lives exactly as long as the schedule. Thread-safe; `make` runs once (while torch.compile traces, every
-        time: what it traces belongs to the graph and to no schedule).
+        lives exactly as long as the schedule. Thread-safe; `make` runs once. While torch.compile traces it
+        runs every time: what it makes then belongs to the graph and to no schedule.
         """
         if torch.compiler.is_compiling():
             return make()
-        with self._lock:
+        with _LOCK:
             if key not in self._memo:
                 self._memo[key] = make()
             return self._memo[key]

@@ -7,13 +7,13 @@ algebra works on the pairs inside the cells, so that memory goes with them and n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from foveate.core.errors import bad
+from foveate.core.lazy import cached_property
 from foveate.patterns.cells import Cells, cells_of
 from foveate.patterns.compose import refuse_phantoms
 from foveate.patterns.groups import ExplicitGroup
