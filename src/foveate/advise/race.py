@@ -28,8 +28,8 @@ from foveate.models.backbone import Backbone, NetSpec
 from foveate.tasks.train import Trainer
 from foveate.tasks.workload import Workload
 
-# A rung's share of the time left when it starts: the field is largest first, the finalists have most seeds.
-SHARES = {1: (1.0,), 2: (0.5, 1.0), 3: (0.5, 0.3, 1.0)}
+# Where the rungs of a race should end, in steps relative to the first rung's end.
+GROWTH = {1: (1.0,), 2: (1.0, 1.4), 3: (1.0, 1.6, 2.0)}
 ROUNDS = 2
 FINALISTS = 3
 # Steps that tell how long a step takes, before anything is planned.
@@ -91,6 +91,17 @@ def field_sizes(n: int, finalists: int = FINALISTS) -> list[int]:
     if n > finalists:
         sizes.append(finalists)
     return sizes
+
+
+def shares(sizes: Sequence[int], seeds: int) -> list[float]:
+    """Return each rung's share of the time that is left when it starts, so that steps grow as `GROWTH` says.
+
+    The finalists' further seeds start from nothing and must catch up in the last rung.
+    """
+    ends = (0.0, *GROWTH[len(sizes)])
+    costs = [n * (end - before) for n, before, end in zip(sizes, ends, ends[1:], strict=False)]
+    costs[-1] += (seeds - 1) * sizes[-1] * ends[-1]
+    return [cost / sum(costs[i:]) for i, cost in enumerate(costs)]
 
 
 def race(
@@ -188,9 +199,9 @@ class _Race:
             return self.result
         try:
             self._say("start", message=f"{len(self.active)} mechanisms start")
-            for rung in range(len(self.result.rungs), len(self.sizes)):
-                self._rung(rung)
-            for key in self.active:
+            while not self._rung(len(self.result.rungs)):
+                pass
+            for key in list(self.active):
                 self._end(key, "finished", "")
             self.result.complete = True
         except (_Stopped, KeyboardInterrupt):
@@ -202,32 +213,35 @@ class _Race:
         self._say("end")
         return self.result
 
-    def _rung(self, rung: int) -> None:
-        last = rung == len(self.sizes) - 1
+    def _rung(self, rung: int) -> bool:
+        """Run one rung; return whether it was the last."""
+        if rung >= len(self.sizes):
+            return True  # stopped after the last rung, while the result was being told
         for key in list(self.active):
             self._enter(key, 0)
-        if not self.active:
-            return
         if rung:
             self._cut(self.sizes[rung])
-        share = SHARES[len(self.sizes)][rung]
-        deadline = self._elapsed() + max(0.0, self._left()) * share
-        if last:
+        else:
+            self._calibrate()
+        # Those who failed meanwhile leave room: what is ahead is planned with the field there is.
+        ahead = [size for size in self.sizes[rung + 1 :] if size < len(self.active)]
+        plan = [*self.sizes[:rung], len(self.active), *ahead]
+        deadline = self._elapsed() + max(0.0, self._left()) * shares(plan, self.result.seeds)[rung]
+        if not ahead:
             self._add_seeds()
-        runners = self._field()
-        said = f"rung {rung + 1} of {len(self.sizes)}: {len(self.active)} mechanisms"
-        self._say("rung", message=said + (f", {self.result.seeds} seeds each" if last else ""))
-        self._level(runners)
-        if rung == 0:
-            self._calibrate(deadline)
+        if not self.active:
+            return True
+        said = f"rung {rung + 1} of {len(plan)}: {len(self.active)} mechanisms"
+        self._say("rung", message=said + ("" if ahead else f", {self.result.seeds} seeds each"))
+        self._level()
         for round_ in range(ROUNDS, 0, -1):
             steps = self._affordable(deadline, round_)
-            if not steps and any(self.result.mechanisms[r.key].at(r.trainer.step) for r in self._field()):
+            if steps < 1 and any(self.result.mechanisms[r.key].at(r.trainer.step) for r in self._field()):
                 break
             self._round(max(steps, 1))
-        if self.active:
-            self.result.rungs.append(max((r.trainer.step for r in self._field()), default=0))
+        self.result.rungs.append(max((r.trainer.step for r in self._field()), default=0))
         self._tidy()
+        return not ahead
 
     def _enter(self, key: str, seed: int) -> None:
         """Build a runner, or refuse its mechanism with the reason it gives."""
@@ -268,9 +282,8 @@ class _Race:
     def _add_seeds(self) -> None:
         """Give finalists their further seeds, and fewer finalists where the time left cannot carry all."""
         extra = self.result.seeds - 1
-        if len(self.sizes) > 1:
-            while len(self.active) > 2 and extra * self._cost_so_far() > 0.75 * self._left():
-                self._cut(len(self.active) - 1)
+        while self.result.rungs and len(self.active) > 2 and extra * self._cost_so_far() > 0.9 * self._left():
+            self._cut(len(self.active) - 1)
         for seed in range(1, self.result.seeds):
             for key in list(self.active):
                 self._enter(key, seed)
@@ -283,8 +296,9 @@ class _Race:
     def _field(self) -> list[_Runner]:
         return [runner for runner in self.runners.values() if runner.key in self.active]
 
-    def _level(self, runners: list[_Runner]) -> None:
+    def _level(self) -> None:
         """Bring everybody to the step of the most advanced: further seeds, and runs that were cut short."""
+        runners = self._field()
         seen = [p.step for key in self.active for p in self.result.mechanisms[key].curve]
         ahead = max([r.trainer.step for r in runners] + seen, default=0)
         for runner in runners:
@@ -295,7 +309,7 @@ class _Race:
             if ahead and runner.key in self.active:
                 self._score(runner)
 
-    def _calibrate(self, deadline: float) -> None:
+    def _calibrate(self) -> None:
         """Measure step times on real steps, and leave out who would take the others' time."""
         for runner in self._field():
             if runner.trainer.step == 0:
@@ -303,7 +317,7 @@ class _Race:
                 self._train(runner, 1)
                 if runner.key in self.active:
                     self._train(runner, CALIBRATION)
-        budget = LARGEST_SHARE * (deadline - self._elapsed())
+        budget = LARGEST_SHARE * shares(self.sizes, self.result.seeds)[0] * self._left()
         usual = median([r.step_seconds for r in self._field()] or [0.0])
         for runner in self._field():
             # Twenty steps are about the least that can tell anything.

@@ -174,9 +174,12 @@ class Backbone(nn.Module):
             x = block(x, self.spec.grid)
         return self.head(self.norm(x))
 
+    def _mixers(self) -> list[nn.Parameter]:
+        return [p for name, p in self.named_parameters() if name.split(".")[2:3] == ["mixer"]]
+
     def parameter_counts(self) -> dict[str, int]:
         """Return the numbers of trained parameters: {"total", "mixers"}."""
-        mixers = sum(p.numel() for block in self.blocks for p in block.mixer.parameters() if p.requires_grad)
+        mixers = sum(p.numel() for p in self._mixers() if p.requires_grad)
         return {"total": sum(p.numel() for p in self.parameters() if p.requires_grad), "mixers": mixers}
 
 

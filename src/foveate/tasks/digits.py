@@ -44,10 +44,10 @@ def load_digits() -> tuple[Float[Tensor, "n 8 8"], Int[Tensor, "n"]]:
         from sklearn.datasets import load_digits as load
     except ImportError as error:
         raise need_extra("sklearn", "compare") from error
-    data = load()
-    order = torch.randperm(len(data.target), generator=generator_for(1))
-    images = torch.from_numpy(data.images).float() / 16.0
-    return images[order], torch.from_numpy(data.target).long()[order]
+    pixels, classes = load(return_X_y=True)
+    order = torch.randperm(len(classes), generator=generator_for(1))
+    images = torch.as_tensor(pixels).float().view(-1, DIGIT, DIGIT) / 16.0
+    return images[order], torch.as_tensor(classes).long()[order]
 
 
 class ImageWorkload(Workload):
