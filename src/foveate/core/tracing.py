@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -14,3 +16,14 @@ def constant_while_tracing(fn: F) -> F:
     """
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
+
+
+def fixed(n: int) -> int:
+    """Return `n`; while compiling, as a constant: a size that torch.compile took for variable is pinned.
+
+    Functions marked with `constant_while_tracing` take constants only, and the second shape or the second pattern
+    that a compiled function meets makes torch.compile think of numbers as variables. Another value compiles again.
+    """
+    if not torch.compiler.is_compiling():
+        return n
+    return len(range(n)) if n >= 0 else -len(range(-n))

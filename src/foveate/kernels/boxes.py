@@ -57,7 +57,11 @@ class Run:
     def phases(self) -> Iterator[tuple[Run, slice, slice]]:
         """Split into runs whose cells do not overlap, with the (outer, inner) cells each of them holds."""
         m_in = _phases(self.inner, self.inner_step, self.span)
-        if self.step > 1 and self.outer_step % self.step and _distinct(self.outer, self.outer_step, self.step):
+        if (
+            self.step > 1
+            and self.outer_step % self.step
+            and _distinct(self.outer, self.outer_step, self.step)
+        ):
             m_out = 1  # different residue classes share no token
         else:
             m_out = _phases(self.outer, self.outer_step, self.reach)
@@ -263,10 +267,14 @@ def _progressions(pairs: list[tuple[int, int]]) -> list[tuple[tuple[int, int], i
             candidate = (pairs[at + 1][0] - first[0], pairs[at + 1][1] - first[1])
             if candidate[1] >= 0:
                 diff, n = candidate, 2
-                while at + n < len(pairs) and (
-                    pairs[at + n][0] - pairs[at + n - 1][0],
-                    pairs[at + n][1] - pairs[at + n - 1][1],
-                ) == diff:
+                while (
+                    at + n < len(pairs)
+                    and (
+                        pairs[at + n][0] - pairs[at + n - 1][0],
+                        pairs[at + n][1] - pairs[at + n - 1][1],
+                    )
+                    == diff
+                ):
                     n += 1
         out.append((first, n, diff))
         at += n

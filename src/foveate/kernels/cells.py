@@ -194,7 +194,11 @@ class IndexItem:
     def put_q(self, x: Shaped[Tensor, "b h n d"], cells: Shaped[Tensor, "c0 b h c1 tq d"]) -> None:
         """Write rows that are in no other cell; absent ones go nowhere."""
         if self.static:
-            rows, values, dim = self.q_ids.reshape(-1), cells[:, :, :, 0].permute(1, 2, 0, 3, 4).flatten(2, 3), 2
+            rows, values, dim = (
+                self.q_ids.reshape(-1),
+                cells[:, :, :, 0].permute(1, 2, 0, 3, 4).flatten(2, 3),
+                2,
+            )
         else:
             rows, values, dim = self._rows(x, self.q_ids, x.shape[1]), self._flat(cells), 0
             x = x.view(-1, x.shape[-1])
@@ -324,7 +328,8 @@ def program(schedule: Schedule, device: torch.device) -> Program:
         if isinstance(schedule.combine, Weights):
             # Their tensors follow the cells of each group: one item a group, in its own order.
             groups = tuple(
-                ExplicitGroup(g.q_ids(), g.k_ids(), g.mask()) if isinstance(g, BoxGroup) else g for g in groups
+                ExplicitGroup(g.q_ids(), g.k_ids(), g.mask()) if isinstance(g, BoxGroup) else g
+                for g in groups
             )
         return _encode([item for group in groups for item in items_of(group, device)])
 

@@ -7,17 +7,22 @@ the identity of the pattern.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from foveate.core.tracing import constant_while_tracing
 from foveate.kernels.cells import CellView, program, views
 from foveate.patterns.basic import BlockList
 from foveate.patterns.lower import default_tile, lower
 from foveate.patterns.schedule import Schedule
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # The tile model of `patterns/tiling.py`, priced for strips and fused calls: copying a key is cheap here, and a cell
 # is a task of the fused operator.
@@ -31,19 +36,34 @@ def is_traced(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def _constant(fn: Callable[P, T]) -> Callable[P, T]:
+    """Mark a function of constants for torch.compile, and run it outside of fake and tracing modes (torch.export).
+
+    Without the second, the caches would keep fake tensors of one trace and hand them to every later call.
+    """
+
+    @wraps(fn)
+    def real(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _disable_current_modes():
+            return fn(*args, **kwargs)
+
+    return constant_while_tracing(real)
+
+
 def lowered(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None) -> Schedule:
     """Return the cells of a static pattern, in the tiles that suit the backend `tiles` unless told otherwise."""
-    return lower(where, n_q, n_k, _tile(where, n_q, n_k) if tile is None else tile)
+    return lower(where, n_q, n_k, lowered_tile(where, n_q, n_k) if tile is None else tile)
 
 
 @lru_cache(maxsize=128)
-def _tile(where: Any, n_q: int, n_k: int) -> tuple[int, ...] | None:
+def lowered_tile(where: Any, n_q: int, n_k: int) -> tuple[int, ...] | None:
+    """Return the tile `lowered` takes by itself, None where the pattern brings its own blocks."""
     if isinstance(where, BlockList):
         return None
     return default_tile(where, n_q, n_k, key_cost=KEY_COST, cell_cost=CELL_COST)
 
 
-@constant_while_tracing
+@_constant
 def static_counts(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None) -> tuple[int, int, int]:
     """Return (pairs computed, key rows copied, fused calls) of a static pattern, per batch and head."""
     schedule = lowered(where, n_q, n_k, tile)
@@ -55,7 +75,7 @@ def _counts(schedule: Schedule) -> tuple[int, int, int]:
     return schedule.pairs_computed, rows, len(schedule.groups)
 
 
-@constant_while_tracing
+@_constant
 def static_program(
     where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None, device: torch.device
 ) -> tuple[tuple[int, ...], tuple[Tensor, ...], int]:
@@ -63,7 +83,7 @@ def static_program(
     return tuple(program(lowered(where, n_q, n_k, tile), device))  # type: ignore[return-value]
 
 
-@constant_while_tracing
+@_constant
 def static_views(
     where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None, device: torch.device
 ) -> tuple[CellView, ...]:
@@ -71,7 +91,7 @@ def static_views(
     return views(lowered(where, n_q, n_k, tile), device)
 
 
-@constant_while_tracing
+@_constant
 def dense_mask(where: Any, n_q: int, n_k: int, device: torch.device) -> Tensor:
     """Return `where.dense(n_q, n_k)` on a device; small ones are kept."""
     if n_q * n_k > _MASK_BYTES:

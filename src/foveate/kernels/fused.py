@@ -139,7 +139,13 @@ def _unpack(tensors: Sequence[Tensor], code: Sequence[int]) -> tuple[Sequence[It
 
 @torch.library.custom_op("foveate::tiles", mutates_args=())
 def tiles(
-    q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor], code: Sequence[int], scale: float, lse_grad: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor],
+    code: Sequence[int],
+    scale: float,
+    lse_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attend within cells.
 

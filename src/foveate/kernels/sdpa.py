@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.core.tracing import fixed
 from foveate.kernels.constants import dense_mask
 from foveate.kernels.problem import Problem
 from foveate.kernels.stages import mask_stage
@@ -100,5 +101,5 @@ def _allowed(problem: Problem) -> Tensor | None:
     if problem.where is None or type(problem.where) is Full:
         return None
     if problem.schedule is None:
-        return dense_mask(problem.where, problem.n_q, problem.n_k, problem.q.device)[None, None]
+        return dense_mask(problem.where, fixed(problem.n_q), fixed(problem.n_k), problem.q.device)[None, None]
     return problem.allowed()

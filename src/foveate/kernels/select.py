@@ -12,15 +12,16 @@ ratios matter, and only where backends are close:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from foveate.core.errors import UnsupportedError, unknown
+from foveate.core.lazy import cached_property
+from foveate.core.tracing import fixed
 from foveate.kernels import reference, sdpa, tiles
-from foveate.kernels.constants import lowered, static_counts
+from foveate.kernels.constants import lowered, lowered_tile, static_counts
 from foveate.kernels.flops import attention_backward_flops, attention_flops
 from foveate.kernels.problem import Problem
 from foveate.patterns.schedule import Schedule
@@ -95,6 +96,13 @@ class Plan:
         if self.where is None:
             return None
         return self.cells if self.cells is not None else lowered(self.where, self.n_q, self.n_k, self.tile)
+
+    @property
+    def cell_tile(self) -> tuple[int, ...] | None:
+        """Queries of a cell per axis, None where cells were given or are not used."""
+        if not self.uses_cells or self.cells is not None:
+            return None
+        return self.tile or lowered_tile(self.where, self.n_q, self.n_k)
 
     def _times(self) -> int:
         """How often the counts of the schedule happen: its (b, h) against the problem's."""
@@ -236,7 +244,7 @@ def _counts(problem: Problem, schedule: Schedule | None, tile: tuple[int, ...] |
     if problem.where is None:
         return None
     if schedule is None:
-        return _Counts(*static_counts(problem.where, problem.n_q, problem.n_k, tile))
+        return _Counts(*static_counts(problem.where, fixed(problem.n_q), fixed(problem.n_k), tile))
     every = max(1, schedule.leading[0] * schedule.leading[1])
     pairs = schedule.pairs_computed // every
     rows = sum(g.n_cells * g.tk for g in schedule.groups)

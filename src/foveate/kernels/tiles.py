@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.core.tracing import fixed
 from foveate.kernels.cells import CellView, Item, Program, fold_heads, program, unfold_heads, views
 from foveate.kernels.constants import is_traced, static_program, static_views
 from foveate.kernels.fused import tiles as fused_tiles
@@ -82,7 +83,8 @@ class _Work(NamedTuple):
         """Return the items as tensors."""
         problem, device = self.problem, self.problem.q.device
         if problem.schedule is None:
-            return static_views(problem.where, problem.n_q, problem.n_k, self.plan.tile, device)
+            n_q, n_k = fixed(problem.n_q), fixed(problem.n_k)
+            return static_views(problem.where, n_q, n_k, self.plan.tile, device)
         return views(self.plan.schedule, device)
 
 
@@ -100,7 +102,8 @@ def run(problem: Problem, plan: Any) -> tuple[Float[Tensor, "b h nq dv"], Float[
 
 def _prepare(problem: Problem, plan: Any) -> _Work:
     if problem.schedule is None:
-        code, tensors, n_items = static_program(problem.where, problem.n_q, problem.n_k, plan.tile, problem.q.device)
+        n_q, n_k = fixed(problem.n_q), fixed(problem.n_k)
+        code, tensors, n_items = static_program(problem.where, n_q, n_k, plan.tile, problem.q.device)
         return _Work(Program(code, tensors, n_items), plan, problem, True)
     schedule = plan.schedule
     return _Work(program(schedule, problem.q.device), plan, problem, schedule.is_single_cell)
@@ -160,9 +163,7 @@ def _biases(problem: Problem, work: _Work) -> list[Tensor | None] | None:
     return biases
 
 
-def _fused(
-    problem: Problem, prog: Program, biases: Sequence[Tensor | None]
-) -> tuple[Tensor, Tensor | None]:
+def _fused(problem: Problem, prog: Program, biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
     q = problem.q
     factors, _ = _row_factors(problem)
     for factor in factors:
@@ -230,9 +231,7 @@ def _cell(problem: Problem, view: CellView, qc: Tensor, kc: Tensor, vc: Tensor) 
     weights, lse = weigh_stage(problem, score_stage(problem, products, at), at, view.mask)
     weights = weights.permute(2, 0, 1, 3, 4, 5)
     out = fold_heads(weights, share) @ vc.flatten(1, 3)
-    return _Result(
-        unfold_heads(out, share, b, h, c1), None if lse is None else lse.permute(2, 0, 1, 3, 4)
-    )
+    return _Result(unfold_heads(out, share, b, h, c1), None if lse is None else lse.permute(2, 0, 1, 3, 4))
 
 
 def _bounded(problem: Problem, item: Item, q: Tensor, k: Tensor, v: Tensor) -> _Result:
@@ -263,9 +262,7 @@ def _fold(problem: Problem, prog: Program, cells: Sequence[Tensor], width: int) 
     return fold_cells(list(cells), list(prog.tensors), list(prog.code), QUERIES, shape)
 
 
-def _fold_lse(
-    problem: Problem, prog: Program, lses: Sequence[Tensor | None]
-) -> Float[Tensor, "b h nq"]:
+def _fold_lse(problem: Problem, prog: Program, lses: Sequence[Tensor | None]) -> Float[Tensor, "b h nq"]:
     """Bring the lse home, a query in one cell at most; -inf where there was no key."""
     found = [lse for lse in lses if lse is not None]
     empty = [lse == NEG_INF for lse in found]

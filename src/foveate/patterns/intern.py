@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from foveate.core.grid import Grid
-from foveate.core.tracing import constant_while_tracing
+from foveate.core.tracing import constant_while_tracing, fixed
 from foveate.patterns.axis import LocalAxis
 from foveate.patterns.compose import And, Or
 from foveate.patterns.pattern import Padded, Pattern
@@ -64,14 +64,16 @@ def restore(spec: Any) -> Any:
 
 
 def _describe(x: Any) -> Any:
-    if x is None or isinstance(x, (bool, int, float, str)):
+    if x is None or isinstance(x, (bool, float, str)):
         return x
+    if isinstance(x, int):
+        return fixed(x)
     if isinstance(x, tuple):
         return (tuple, *[_describe(part) for part in x])
     if isinstance(x, Grid):
-        return (Grid, *x.sizes)
+        return (Grid, *[fixed(size) for size in x.sizes])
     if isinstance(x, LocalAxis):
-        return (LocalAxis, *[getattr(x, name) for name in _AXIS])
+        return (LocalAxis, *[_describe(getattr(x, name)) for name in _AXIS])
     if isinstance(x, (And, Or)):
         return (type(x), *[_describe(part) for part in x.parts])
     if isinstance(x, Pattern):
