@@ -149,3 +149,10 @@ def test_bad_shifts_are_named(shift):
 def test_causal_is_refused_with_the_reason():
     with pytest.raises(ArgumentError, match=r"causal.*Not causal: windows look both ways"):
         WindowAttention.for_workload(dim=8, grid=Grid(16), heads=2, causal=True)
+
+
+def test_layers_alternate_in_a_backbone():
+    even = WindowAttention.for_workload(dim=8, grid=Grid(16, 16), heads=2, layer=0)
+    odd = WindowAttention.for_workload(dim=8, grid=Grid(16, 16), heads=2, layer=1)
+    assert (even.window, even.shift, odd.shift) == ((8, 8), (0, 0), (4, 4))
+    assert WindowAttention.for_workload(dim=8, grid=Grid(14, 28), heads=2).window == (7, 7)

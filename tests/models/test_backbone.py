@@ -100,3 +100,8 @@ def test_unknown_mechanisms_are_named():
 def test_registered_mechanisms_fit_in(key):
     spec = NetSpec(inputs="pixels", grid=Grid(8, 8), in_features=1, out_features=2, dim=16, heads=2)
     assert build(key, spec)(torch.randn(1, 1, 8, 8)).shape == (1, 64, 2)
+
+
+def test_mixers_that_differ_by_layer_are_told_theirs():
+    spec = NetSpec(inputs="pixels", grid=Grid(16, 16), in_features=1, out_features=2, depth=3)
+    assert [block.mixer.shift for block in build("swin", spec).blocks] == [(0, 0), (4, 4), (0, 0)]

@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
+from itertools import count
 from typing import Literal
 
 import torch
@@ -67,8 +69,13 @@ class NetSpec:
             raise bad("grid", self.grid, "one axis for a sequence of ids")
 
 
-def build_mixer(key: str, *, dim: int, grid: Grid, heads: int, causal: bool = False) -> nn.Module:
+def build_mixer(
+    key: str, *, dim: int, grid: Grid, heads: int, causal: bool = False, layer: int | None = None
+) -> nn.Module:
     """Build a registered mechanism for a workload, as a token mixer `forward(x (B, N, C), grid)`.
+
+    `layer` is passed on to mechanisms that differ from layer to layer (shifted windows, alternating
+    dilation): those whose `for_workload` has an option of that name.
 
     Raises:
         UnknownNameError: no such mechanism.
@@ -80,7 +87,8 @@ def build_mixer(key: str, *, dim: int, grid: Grid, heads: int, causal: bool = Fa
         raise bad(
             "mechanism", key, "a mechanism with a `for_workload` constructor", f"Its role is {facts.role!r}."
         )
-    module = make(dim=dim, grid=grid, heads=heads, causal=causal)
+    extra = {"layer": layer} if layer is not None and "layer" in signature(make).parameters else {}
+    module = make(dim=dim, grid=grid, heads=heads, causal=causal, **extra)
     if facts.layout == "spatial":
         from foveate.mechanisms.layout import as_tokens
 
@@ -185,8 +193,9 @@ class Backbone(nn.Module):
 
 def build(key: str, spec: NetSpec, *, seed: int = 0) -> Backbone:
     """Build the network of `spec` around the registered mechanism `key`; raises as `build_mixer` does."""
+    layers = count()
 
     def factory(**where) -> nn.Module:
-        return build_mixer(key, **where)
+        return build_mixer(key, layer=next(layers), **where)
 
     return Backbone(spec, factory, seed=seed)
