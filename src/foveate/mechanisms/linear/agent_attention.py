@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foveate.core.dtypes import accumulation_dtype
 from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.core.registry import system
@@ -160,6 +161,7 @@ class AgentAttention(nn.Module):
             raise bad("grid", grid, f"{self.grid}, the map its biases were made for")
         if x.dim() != 3 or x.shape[1] != self.grid.numel + lead or x.shape[2] != self.dim:
             raise bad("x", tuple(x.shape), f"(batch, {self.grid.numel + lead}, {self.dim})")
+        accumulation_dtype(x.dtype)
         if self.reduction == 1:
             q, k, v = self.qkv(x).chunk(3, dim=-1)
         else:
@@ -167,6 +169,9 @@ class AgentAttention(nn.Module):
             q, (k, v) = self.q(x), self.kv(self.norm(reduced)).chunk(2, dim=-1)
         pooled = functional.adaptive_avg_pool2d(_to_map(q[:, lead:], self.grid), (self.side, self.side))
         agents = split_heads(pooled.flatten(2).transpose(1, 2), self.heads)
+        # A copy, as under torch.compile (2.13) the pooled map comes with other strides than it was traced
+        # with, and the fused attention kernel that was chosen for those then reads beyond it.
+        agents = agents.clone(memory_format=torch.contiguous_format)
         q_heads, k_heads, v_heads = (split_heads(part, self.heads) for part in (q, k, v))
         gather, read = self.biases()
         gathered = attend(agents, k_heads, v_heads, score=Bias(gather), backend=self.backend)
