@@ -38,17 +38,10 @@ print(seconds, torch_seconds)
 """
 
 
-def run(code: str) -> str:
-    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+def test_import_needs_no_optional_module_is_quick_and_changes_nothing():
+    result = subprocess.run([sys.executable, "-W", "error", "-c", CODE], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
-
-
-def test_import_needs_no_optional_module_and_changes_nothing():
-    seconds, torch_seconds = map(float, run(CODE).split())
+    # The two times are all that was printed: importing is silent.
+    seconds, torch_seconds = map(float, result.stdout.split())
     # Relative to torch's own import, as machines and their load differ; all systems are imported too.
     assert seconds < max(1.0, torch_seconds)
-
-
-def test_importing_prints_nothing():
-    assert run("import foveate; foveate.list_systems()") == ""
