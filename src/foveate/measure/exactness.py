@@ -1,7 +1,8 @@
 """How far a mechanism's output is from full attention with the same parameters, where that means something.
 
 It means something when the mechanism has full attention's own projections: then both get the same weights
-and the same input, and what differs is only who attends to whom and by which rule.
+and the same input, whatever the mechanism adds (bias tables, convolutions) is set to zero, and what differs
+is only who attends to whom and by which rule.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def error_against_full(subject: Subject, full: Subject, *, seed: int = 0) -> flo
     """Relative L2 distance of the outputs, 0 for equal ones.
 
     Args:
-        subject: the mechanism; its parameters are overwritten by those of `full`.
+        subject: the mechanism; its parameters are overwritten by those of `full`, the others by zero.
         full: full attention of the same size.
         seed: of the input.
 
@@ -44,8 +45,8 @@ def error_against_full(subject: Subject, full: Subject, *, seed: int = 0) -> flo
     subject.module.eval()
     full.module.eval()
     with torch.no_grad():
-        for name, value in shared.items():
-            own[name].copy_(value)
+        for name, value in own.items():
+            value.copy_(shared[name]) if name in shared else value.zero_()
         x = full.arrange(smooth_tokens(full.grid, full.dim, seed=seed).to(full.device))
         wanted = full(x)
         got = subject(x)

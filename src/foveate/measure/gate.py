@@ -22,6 +22,8 @@ _FLOOR_ULPS = {"output": 32.0, "gradient": 128.0}
 # The same computation cannot be told from rounding below this many units; used where a mechanism has
 # no second, plain path to be measured against.
 _SELF_ULPS = {"output": 4096.0, "gradient": 16384.0}
+# A unit of a 16-bit format is a hundredth: sums are kept in float32 there, and few units are lost.
+_HALF_SHARE = 1 / 16
 _FACTOR = {"output": 2.0, "gradient": 3.0}
 
 
@@ -78,6 +80,8 @@ def _budget(
 ) -> Check:
     """The worst tensor of `fast` against `truth`, measured in multiples of what it may err."""
     worst, worst_name, error_at, limit_at = 0.0, "", 0.0, 0.0
+    if eps > 1e-4:
+        eps *= _HALF_SHARE
     for name, exact in truth.items():
         size = exact.abs().max().item() if exact.numel() else 0.0
         error = _distance(fast[name], exact) if name in fast else float("inf")
@@ -112,7 +116,7 @@ def _batch(subject: Subject, x: Tensor, out: Tensor, eps: float) -> Check:
     with torch.no_grad():
         alone = subject(x[:1])
     error = _distance(alone, out[:1])
-    limit = 256 * eps * max(out.abs().max().item(), 1e-30)
+    limit = (256 if eps < 1e-4 else 4) * eps * max(out.abs().max().item(), 1e-30)
     return Check(
         "batch", error <= limit, error, limit, f"a sample's output moves by {error:.2e} with its batch"
     )
@@ -130,7 +134,9 @@ def causality_probe(subject: Subject, *, times: int = 3, seed: int = 0) -> Check
         A check whose value is the largest movement of an output before the changed tokens, relative
         to the largest output. Exactly zero is not asked for: different batches of work round differently.
     """
-    x = subject.tokens(subject.sample(2, seed=seed))
+    parameter = next(subject.module.parameters(), None)
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    x = subject.tokens(subject.sample(2, dtype=dtype, seed=seed))
     n = x.shape[1]
     was_training = subject.module.training
     subject.module.eval()
@@ -147,7 +153,8 @@ def causality_probe(subject: Subject, *, times: int = 3, seed: int = 0) -> Check
                 worst, place = moved, t
     subject.module.train(was_training)
     size = before.abs().max().item()
-    limit = 1e-4 * max(size, 1e-30)
+    eps = torch.finfo(dtype).eps
+    limit = (1e3 if eps < 1e-4 else 4) * eps * max(size, 1e-30)
     said = (
         f"changing the tokens from {place} on moves earlier outputs by {worst:.2e}"
         if worst > limit
@@ -157,14 +164,20 @@ def causality_probe(subject: Subject, *, times: int = 3, seed: int = 0) -> Check
 
 
 def check_mechanism(
-    build: Callable[[], Subject], *, batch_coupled: bool = False, causal: bool = False, seed: int = 0
+    build: Callable[[], Subject],
+    *,
+    batch_coupled: bool = False,
+    causal: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> Gate:
-    """Run the gate on one mechanism, on the CPU or device it was built on, in float32.
+    """Run the gate on one mechanism, on the device it was built on.
 
     Args:
         build: makes a fresh `Subject` at the size to be checked (small: the reference path is slow).
         batch_coupled: the registry's fact; such a mechanism is not asked to ignore its batch.
         causal: whether the workload is, which adds the causality probe.
+        dtype: in which its figures will be taken.
         seed: of parameters and inputs.
 
     Returns:
@@ -174,9 +187,9 @@ def check_mechanism(
     try:
         torch.manual_seed(seed)
         subject = build()
-        subject.module.eval()
-        x = subject.sample(2, seed=seed + 1)
-        direction = subject.sample(2, seed=seed + 2)
+        subject.module.to(dtype).eval()
+        x = subject.sample(2, dtype=dtype, seed=seed + 1)
+        direction = subject.sample(2, dtype=dtype, seed=seed + 2)
         out, gradients = _run(subject, x, direction)
         checks += [_shape(x, out), _finite(out, gradients)]
         exact = subject.to(torch.float64)
@@ -186,7 +199,7 @@ def check_mechanism(
             truth, true_gradients = _run(exact, x.double(), direction.double())
         plain = plain_gradients = None
         if has_reference:
-            slow = subject.to(torch.float32)
+            slow = subject.to(dtype)
             with slow.backend("reference"):
                 value, plain_gradients = _run(slow, x, direction)
             plain = {"output": value}

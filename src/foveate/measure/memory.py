@@ -19,6 +19,9 @@ import torch
 
 from foveate.measure.timer import synchronize
 
+# What the profiler says of itself; freeing memory that was there before is exactly what is not counted.
+_CHATTER = (b"USDT:", b"was allocated before the profiling started")
+
 METHOD = {
     "cpu": "replayed torch.profiler allocation record (tensors and operator temporaries, above the start)",
     "cuda": "torch.cuda.max_memory_allocated above the start",
@@ -27,7 +30,7 @@ METHOD = {
 
 @contextmanager
 def _without_profiler_chatter() -> Iterator[None]:
-    """Drop the 'USDT:' lines the profiler writes to the error stream; pass everything else on."""
+    """Drop the lines the profiler writes to the error stream about itself; pass everything else on."""
     sys.stderr.flush()
     try:
         saved = os.dup(2)
@@ -43,7 +46,7 @@ def _without_profiler_chatter() -> Iterator[None]:
             os.close(saved)
             caught.seek(0)
             for line in caught.read().splitlines(keepends=True):
-                if b"USDT:" not in line:
+                if not any(noise in line for noise in _CHATTER):
                     os.write(2, line)
 
 

@@ -74,12 +74,13 @@ ROW = (
     Field("mixer_params", "integer", "of which inside the mechanism", minimum=0),
     Field("flops", "integer", "floating point operations of one forward pass, counted", minimum=0),
     Field("speedup", "number", "full attention's forward plus backward time over this one's", minimum=0),
+    Field("speedup_forward", "number", "full attention's forward time over this one's", minimum=0),
     Field("speedup_bound", "number", "full attention's FLOPs over this one's: what the arithmetic alone would allow",
           minimum=0),
     Field("predicted_ms", "number", "full attention's forward time divided by `speedup_bound`", **_MS),
     Field("memory_ratio", "number", "this one's peak memory over full attention's", minimum=0),
-    Field("exactness_error", "number", "relative L2 distance to full attention's output with the same parameters; "
-          "null where the mechanism has parameters or a layout of its own", minimum=0),
+    Field("exactness_error", "number", "relative L2 distance to full attention's output with the same parameters and "
+          "zeros in what it adds; null where it lacks them or has another layout", minimum=0),
     Field("gate", "object", "correctness gate: ok, and checks with name, ok, value, limit, sentence"),
     Field("exponent", "number", "p in time ~ N^p, forward plus backward, over the largest sizes"),
     Field("exponent_se", "number", "its standard error", minimum=0),

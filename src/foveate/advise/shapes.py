@@ -1,0 +1,214 @@
+"""The workload `shapes`: time every mechanism at the user's own sizes, and at smaller ones for the exponent.
+
+No learning. At each size all mechanisms are timed in turn, forward and backward, with the dense baseline
+among them; then memory is measured and floating point operations are counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from foveate.advise.admit import Admission, Site, one_line
+from foveate.advise.events import Event, Listener
+from foveate.advise.settings import BASELINE
+from foveate.advise.svg import grid_words
+from foveate.core.errors import ArgumentError, UnsupportedError
+from foveate.core.grid import Grid
+from foveate.kernels.flops import count_flops
+from foveate.measure.memory import peak_bytes
+from foveate.measure.scaling import fit_exponent
+from foveate.measure.store import empty_row
+from foveate.measure.subject import Subject
+from foveate.measure.timer import Interleaved, time_interleaved
+
+WORKLOAD = "shapes"
+MIN_REPEATS, MAX_REPEATS = 3, 15
+
+
+@dataclass
+class Runner:
+    """One mechanism on its way up the ladder of sizes."""
+
+    admission: Admission
+    points: list[dict[str, Any]]
+    params: int = 0
+    repeats: int = 0
+    fault: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its name in the registry."""
+        return self.admission.facts.key
+
+
+def _build(runner: Runner, site: Site, grid: Grid, seed: int) -> Subject | None:
+    torch.manual_seed(seed)
+    try:
+        return site.build(runner.admission.facts, grid)
+    except (ArgumentError, UnsupportedError):
+        return None  # it takes the user's size, but not this smaller one: the exponent has a point less
+
+
+def _measure_size(
+    runners: list[Runner], site: Site, grid: Grid, *, batch: int, budget_s: float, seed: int, tick: Callable
+) -> None:
+    """Add one point to every runner that can do `grid`; a fault is noted on the runner."""
+    subjects = {r.key: s for r in runners if not r.fault and (s := _build(r, site, grid, seed)) is not None}
+    inputs = {k: s.sample(batch, dtype=site.dtype, seed=seed) for k, s in subjects.items()}
+    calls: dict[str, Any] = {}
+    for key, subject in subjects.items():
+        calls[f"{key}/forward"] = subject.forward_call(inputs[key])
+        calls[f"{key}/backward"] = subject.backward_call(inputs[key])
+    found = time_interleaved(
+        calls,
+        min_repeats=MIN_REPEATS,
+        max_repeats=MAX_REPEATS,
+        budget_s=budget_s,
+        device=site.device,
+        on_round=lambda _: tick(),
+    )
+    by_key = {r.key: r for r in runners}
+    for key, subject in subjects.items():
+        tick()
+        runner = by_key[key]
+        try:
+            point = _point(subject, found, inputs[key], site, batch)
+        except Exception as error:
+            runner.fault = f"at {grid_words(grid)}: {one_line(error)}"
+            continue
+        runner.params, runner.repeats = subject.params, found.times[f"{key}/forward"].repeats
+        runner.points.append(point)
+
+
+def _point(subject: Subject, found: Interleaved, x: torch.Tensor, site: Site, batch: int) -> dict[str, Any]:
+    forward, backward = f"{subject.key}/forward", f"{subject.key}/backward"
+    for name in (forward, backward):
+        if name in found.errors:
+            raise found.errors[name]
+    with torch.no_grad():
+        flops = count_flops(subject, x)
+    return {
+        "grid": list(subject.grid.sizes),
+        "tokens": subject.grid.numel,
+        "batch": batch,
+        "forward_ms": found.times[forward].median_ms,
+        "forward_spread_ms": found.times[forward].spread_ms,
+        "backward_ms": found.times[backward].median_ms,
+        "backward_spread_ms": found.times[backward].spread_ms,
+        "memory_bytes": peak_bytes(lambda: subject.step(x), device=site.device),
+        "flops": flops,
+    }
+
+
+def step_ms(point: dict[str, Any]) -> float:
+    """Forward plus backward time of a point or row."""
+    return point["forward_ms"] + point["backward_ms"]
+
+
+def add_ratios(row: dict[str, Any], dense: dict[str, Any] | None) -> None:
+    """Set speed-ups, bound, prediction and memory ratio of a row or point against full attention's."""
+    if dense is None or row["forward_ms"] is None or dense["forward_ms"] is None:
+        return
+    row["speedup"] = step_ms(dense) / step_ms(row)
+    row["speedup_forward"] = dense["forward_ms"] / row["forward_ms"]
+    if row.get("flops") and dense.get("flops"):
+        row["speedup_bound"] = dense["flops"] / row["flops"]
+        row["predicted_ms"] = dense["forward_ms"] / row["speedup_bound"]
+    if row.get("memory_bytes") and dense.get("memory_bytes"):
+        row["memory_ratio"] = row["memory_bytes"] / dense["memory_bytes"]
+
+
+def row_of(runner: Runner, dense: Runner | None) -> dict[str, Any]:
+    """The row of a runner with the points it has; figures are those of its largest size."""
+    said = runner.admission.facts_row
+    reference = {p["tokens"]: p for p in dense.points} if dense is not None else {}
+    for point in runner.points:
+        add_ratios(point, reference.get(point["tokens"]))
+    if runner.fault or not runner.points:
+        reason = runner.fault or "the run ended before it was timed"
+        return empty_row(WORKLOAD, runner.key, "failed", reason, **said, points=runner.points)
+    last = runner.points[-1]
+    figures = {k: v for k, v in last.items() if k not in ("grid", "tokens", "batch")}
+    exponent = fit_exponent(
+        [p["tokens"] for p in runner.points],
+        [step_ms(p) for p in runner.points],
+        [p["forward_spread_ms"] + p["backward_spread_ms"] for p in runner.points],
+    )
+    slower = [grid_words(p["grid"]) for p in runner.points if p.get("speedup", 1.0) < 1.0]
+    return empty_row(WORKLOAD, runner.key, "measured", **said) | figures | {
+        "step_ms": step_ms(last),
+        "params": runner.params,
+        "repeats": runner.repeats,
+        "exponent": exponent.value if exponent else None,
+        "exponent_se": exponent.se if exponent else None,
+        "points": runner.points,
+        "slower_than_dense": [] if runner.key == BASELINE else slower,
+    }  # fmt: skip
+
+
+def sweep(
+    admissions: list[Admission],
+    site: Site,
+    ladder: list[Grid],
+    *,
+    batch: int = 1,
+    budget_s: float,
+    put: Callable[[dict[str, Any]], None],
+    emit: Listener,
+    seed: int = 0,
+) -> list[Grid]:
+    """Time all mechanisms up a ladder of sizes.
+
+    Args:
+        admissions: those that take part.
+        site: width, heads, device and dtype; its grid is the user's.
+        ladder: sizes in rising order, the user's own last.
+        batch: samples at once.
+        budget_s: seconds; a size that would likely overrun them by a third is left out, with a note.
+        put: takes each row, again after every size.
+        emit: told of progress.
+        seed: of parameters and inputs.
+
+    Returns:
+        The sizes that were measured.
+    """
+    runners = [Runner(a, []) for a in admissions]
+    dense = next((r for r in runners if r.key == BASELINE), None)
+    begin = time.perf_counter()
+    # Work grows at least like the number of tokens, for the baseline like its square: in between.
+    weights = [grid.numel**1.5 for grid in ladder]
+    done: list[Grid] = []
+    last = 0.0
+    for i, grid in enumerate(ladder):
+        spent = time.perf_counter() - begin
+        left = budget_s - spent
+        # Between linear and quadratic: few mechanisms are dense, but those weigh most.
+        owed = last * (grid.numel / ladder[i - 1].numel) ** 1.6 if i else 0.0
+        if owed > 1.3 * left:
+            sizes = ", ".join(grid_words(g) for g in ladder[i:])
+            emit(Event("note", WORKLOAD, message=f"the time budget ended before {sizes}"))
+            break
+        share = weights[i] / sum(weights[i:])
+        begin_size = time.perf_counter()
+
+        def tick(at: Grid = grid) -> None:
+            gone = (time.perf_counter() - begin) / budget_s
+            emit(Event("progress", WORKLOAD, min(gone, 0.99), f"timing {grid_words(at)}"))
+
+        tick()
+        _measure_size(
+            runners, site, grid, batch=batch, budget_s=max(left * share * 0.7, 0.2), seed=seed, tick=tick
+        )
+        done.append(grid)
+        for runner in runners:
+            put(row_of(runner, dense))
+        # The least the next size can take is the minimum of rounds; extra rounds are not owed.
+        took = time.perf_counter() - begin_size
+        rounds = max((r.repeats for r in runners), default=MIN_REPEATS) or MIN_REPEATS
+        last = took * (MIN_REPEATS + 2) / (rounds + 2)
+    return done
