@@ -13,7 +13,6 @@ from foveate.core.tracing import constant_while_tracing
 from foveate.patterns.pattern import Pattern
 
 P = TypeVar("P", bound=Pattern)
-T = TypeVar("T", int, bool)
 
 
 class _Kept:
@@ -49,6 +48,6 @@ def _keep(kind: type[Pattern], sizes: Sequence[int], options: Sequence[Any]) -> 
     return _NAMES[key]
 
 
-def frozen(value: T | Sequence[T]) -> T | tuple[T, ...]:
-    """Return a per-axis option with its sequence, if it is one, as a tuple."""
-    return tuple(value) if isinstance(value, Sequence) else value
+def frozen(value: int | Sequence[int]) -> int | tuple[int, ...]:
+    """Return a per-axis option (integers or booleans) with its sequence, if it is one, as a tuple."""
+    return value if isinstance(value, int) else tuple(value)
