@@ -39,7 +39,7 @@ def on_grid(kind: type[P], grid: Grid, *options: Any) -> P:
 
 
 @constant_while_tracing
-def _keep(kind: type[Pattern], sizes: Sequence[int], options: Sequence[Any]) -> str:
+def _keep(kind: Any, sizes: Sequence[int], options: Sequence[Any]) -> str:
     key = (kind, tuple(sizes), *(tuple(o) if isinstance(o, list) else o for o in options))
     if key not in _NAMES:
         name = f"{kind.__name__}_{len(_NAMES)}"
