@@ -2,9 +2,9 @@
 
     python benchmarks/tiles.py [--repeats 15] [--threads 2] [--dtype float32] [--only NAME] [--tile 8 8]
 
-Prints for every workload the schedule's bound, the ratio of medians dense / tiles forward and forward+backward, and
-the spread (10th and 90th percentile of the ratio of neighbouring repeats). Errors are checked first: no ratio is
-printed for a wrong result.
+Prints for every workload the schedule's bound, the ratio of medians dense / tiles forward and
+forward+backward, and the spread (10th and 90th percentile of the ratio of neighbouring repeats). Errors are
+checked first: no ratio is printed for a wrong result.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A pure decision: no tensor work, and bare shapes are enough. `attend` obeys it and `explain` prints it.
 
-The model that predicts times has four terms, with constants measured in fp32 on a 2-core x86 server. Only their
+The model that predicts times has four terms, with constants measured in fp32 on a 2-core x86 server. Only
+their
 ratios matter, and only where backends are close:
 
     time = pairs computed * (d + d_v) * per product  +  pairs computed * per pair
@@ -26,12 +27,13 @@ from foveate.kernels.flops import attention_backward_flops, attention_flops
 from foveate.kernels.problem import Problem
 from foveate.patterns.schedule import Schedule
 
-# In the order in which equals are preferred. A backend is a module with NAME, refuse(problem), run(problem, plan);
-# adding one is adding it here and giving it a price in `_price`.
+# In the order in which equals are preferred. A backend is a module with NAME, refuse(problem), run(problem,
+# plan); adding one is adding it here and giving it a price in `_price`.
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (sdpa, tiles, reference)}
 
-# Products of all pairs that forward and backward do together; dense attention does 7 (two forward; logits again,
-# d weights, dv, dq and dk backward). A backend that visits pairs once for queries and once for keys does 9.
+# Products of all pairs that forward and backward do together; dense attention does 7 (two forward; logits
+# again, d weights, dv, dq and dk backward). A backend that visits pairs once for queries and once for keys
+# does 9.
 PRODUCTS: dict[str, int] = {"sdpa": 7, "tiles": 7, "reference": 6}
 _DENSE_PRODUCTS = 7
 
