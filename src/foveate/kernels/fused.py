@@ -10,7 +10,6 @@ Every query must be in at most one cell. On other devices than CPUs the block is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -289,9 +288,3 @@ def _attend_backward(
     weights = torch.exp(logits - lse.unsqueeze(-1))
     inner = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * scale
     return inner @ k, inner.mT @ q, weights.mT @ grad
-
-
-def operator_flops(code: Sequence[int], tensors: Sequence[Tensor], batch: int, heads: int) -> int:
-    """Return the pairs a call of `tiles` computes, over batch and heads."""
-    items, _ = _unpack(tensors, code)
-    return batch * heads * sum(item.c0 * item.c1 * math.prod((item.tq, item.tk)) for item in items)

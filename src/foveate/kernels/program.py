@@ -55,6 +55,17 @@ def read_items(code: Sequence[int], tensors: Sequence[Tensor]) -> tuple[Item, ..
     return tuple(out)
 
 
+def pairs_of(code: Sequence[int], shapes: Sequence[Sequence[int]]) -> int:
+    """Return the pairs a program computes for one batch and head, from the shapes of its tensors alone."""
+    total = 0
+    for kind, _, a, b in _decode(tuple(code)):
+        if kind == 0:
+            total += a.c0 * a.c1 * a.tokens * b.tokens
+        else:
+            total += shapes[a][2] * shapes[a][3] * shapes[b][3]
+    return total
+
+
 @lru_cache(maxsize=64)
 def _decode(code: tuple[int, ...]) -> tuple:
     out, at = [], 0
