@@ -133,7 +133,7 @@ def _exact_reason(row: Row) -> list[str]:
     if row["mechanism"] == BASELINE or error is None:
         return []
     return [
-        f"With full attention's weights its output is {100 * error:.0f} % away from full attention's (relative L2)."
+        f"With equal weights its output is {100 * error:.0f} % away from full attention's (relative L2)."
     ]
 
 

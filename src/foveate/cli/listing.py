@@ -46,7 +46,9 @@ def list_command(
         raise typer.Exit(1)
     table = Table()
     for name in ("key", "family", "causal", "fidelity", "year", "title"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis" if name == "title" else "fold")
+        # Keys are what users copy: only the title gives way on a narrow screen.
+        wide = None if name == "title" else max(len(str(getattr(facts, name))) for facts in found)
+        table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=wide)
     for facts in found:
         cells = (facts.key, facts.family, facts.causal, facts.fidelity, str(facts.year), facts.title)
         table.add_row(*map(escape, cells))
