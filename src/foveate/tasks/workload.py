@@ -48,16 +48,16 @@ class Recipe:
         weight_decay: of matrices; vectors and position tables are not decayed.
         betas: AdamW's.
         clip: largest norm of the gradient.
-        average: longest memory, in steps, of the running mean of the weights that is evaluated.
+        average: memory of the running mean of the weights that is evaluated, as a share of the steps done.
     """
 
     batch_size: int = 32
     lr: float = 3e-3
-    warmup: int = 20
+    warmup: int = 10
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
-    average: int = 20
+    average: float = 0.1
 
 
 @dataclass(frozen=True)
