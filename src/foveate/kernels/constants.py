@@ -48,6 +48,8 @@ def _constant(fn: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(fn)
     def real(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch._C._len_torch_dispatch_stack():
+            return fn(*args, **kwargs)
         with _disable_current_modes():
             return fn(*args, **kwargs)
 
