@@ -18,7 +18,6 @@ from foveate.core.errors import FoveateError
 from foveate.models.backbone import Backbone
 from foveate.tasks.workload import Evaluation, Workload
 
-
 # Steps that the running mean of the weights remembers at least.
 SHORTEST_MEMORY = 5
 
@@ -111,7 +110,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimizer.step()
         self.step += 1
-        # The memory grows with the run: a long one would hold early progress back, a short one keep late noise.
+        # The memory grows with the run: long, it would hold early progress back; short, keep late noise.
         share = 1.0 / min(self.step, max(SHORTEST_MEMORY, recipe.average * self.step))
         kept = list(self.average.values())
         torch._foreach_lerp_(kept, [value.detach() for _, value in self._state()], share)
