@@ -2,8 +2,8 @@
 
 torch's `FlopCounterMode` reports 0 for the fused attention operator of CPUs, and cannot know ours. Its table
 is a process-wide registry; nothing here writes to it (importing foveate changes no other program's numbers).
-The formulas
-are handed to one counter at a time instead: `with FlopCounter() as count: ...; count.get_total_flops()`.
+The formulas are handed to one counter at a time instead: `with FlopCounter() as count: ...`, then
+`count.get_total_flops()`.
 
 One multiply-add counts as 2. A masked or causal call counts as dense, as torch's own formulas do for CUDA:
 these formulas count what an operator was asked to multiply, `explain` counts what a pattern needs.
