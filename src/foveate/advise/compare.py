@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from foveate.advise.admit import Admission, Site, admit, one_line
+from foveate.advise.admit import Admission, Examiner, Site, admit, one_line
 from foveate.advise.events import Event, Listener, nobody
 from foveate.advise.recommend import recommend
 from foveate.advise.settings import BASELINE, DEFAULT_WORKLOADS, Settings, Shape
@@ -188,7 +188,8 @@ class _Run:
         self.settings, self.store, self.folder, self.resume = settings, store, folder, resume
         self.emit = listener
         self.systems = settings.systems()
-        self.baseline = next((f for f in self.systems if f.key == BASELINE), None)
+        baseline = next((f for f in self.systems if f.key == BASELINE), None)
+        self.examiner = Examiner(baseline, settings.seed)
         self.begin = time.perf_counter()
 
     def left(self) -> float:
@@ -223,7 +224,7 @@ class _Run:
         for i, facts in enumerate(self.systems):
             share = 0.03 * i / len(self.systems)
             self.emit(Event("progress", workload, share, f"checking {facts.key}"))
-            found = admit(workload, facts, site, baseline=self.baseline, seed=self.settings.seed)
+            found = admit(workload, facts, site, examiner=self.examiner)
             if found.row is not None:
                 self.put(found.row)
             else:
