@@ -162,6 +162,12 @@ def test_the_budget_holds():
     assert 7.0 < result.spent_s < 9.2
 
 
+def test_the_least_budget_still_scores_everybody_once():
+    result = run(["dense", "mean", "nothing"], budget_s=0.01, seeds=1)
+    assert result.complete
+    assert {r.steps for r in result.mechanisms.values()} == {2 + race_module.CALIBRATION}
+
+
 @pytest.mark.parametrize(
     ("keys", "options", "name"),
     [

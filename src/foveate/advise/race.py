@@ -307,7 +307,8 @@ class _Race:
                 continue
             if runner.trainer.step < ahead:
                 self._train(runner, ahead - runner.trainer.step)
-            if ahead and runner.key in self.active:
+            # The few steps of the calibration are not worth a score.
+            if ahead > 1 + CALIBRATION and runner.key in self.active:
                 self._score(runner)
 
     def _calibrate(self) -> None:
