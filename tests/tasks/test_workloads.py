@@ -231,6 +231,15 @@ def test_the_documentation_is_split_by_topic():
     assert test[:200] not in train
 
 
+def test_what_is_hard_for_everybody_is_not_noise():
+    """The trivial answer's lead over itself is nothing everywhere, however hard the windows are."""
+    workload = make_workload("text", **SMALL["text"])
+    found = workload.evaluate(lambda x: workload._tables()[1][x])
+    assert found.quality == pytest.approx(workload.baselines()["bigram"])
+    assert found.quality_se < 1e-6
+    assert workload.evaluate(lambda x: workload._tables()[0].expand(*x.shape, text.ROOM)).quality_se > 1e-3
+
+
 # -- recall --------------------------------------------------------------------------------------------------
 
 
