@@ -20,6 +20,7 @@ from foveate.measure.gate import Gate, causality_probe, check_mechanism
 from foveate.measure.reach import reach_levels
 from foveate.measure.store import empty_row
 from foveate.measure.subject import Subject
+from foveate.measure.threads import threads
 
 # Sides of the small grids on which the gate, the picture and the exactness are found, by number of axes.
 _GATE_SIDE = {1: 128, 2: 16, 3: 8}
@@ -110,11 +111,13 @@ class Examiner:
 
     def reach(self, facts: Facts, site: Site) -> dict[str, Any]:
         """The picture's grid and levels."""
-        return self._once("reach", facts, site.small(facts, _PICTURE_SIDE), self._reach)
+        with threads(1):  # on such small tensors a second thread costs more than it does
+            return self._once("reach", facts, site.small(facts, _PICTURE_SIDE), self._reach)
 
     def exactness(self, facts: Facts, site: Site) -> float | None:
         """Distance to full attention, None where it means nothing."""
-        return self._once("exactness", facts, site.small(facts, _EXACT_SIDE), self._exactness)
+        with threads(1):
+            return self._once("exactness", facts, site.small(facts, _EXACT_SIDE), self._exactness)
 
     def _gate(self, facts: Facts, site: Site) -> Gate:
         return check_mechanism(
