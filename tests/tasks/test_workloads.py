@@ -269,7 +269,7 @@ def test_answers_are_the_values_shown_with_the_keys():
         ("restore", {"folder": "/nowhere"}, "folder"),
         ("text", {"length": 2}, "length"),
         ("text", {"file": "/nowhere.txt"}, "file"),
-        ("recall", {"pairs": 40}, "pairs"),
+        ("recall", {"pairs": 17}, "pairs"),
         ("recall", {"length": 20, "pairs": 10}, "length"),
         ("recall", {"values": 1}, "values"),
         ("image", {"heads": 5}, "dim"),
