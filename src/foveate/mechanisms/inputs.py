@@ -1,6 +1,6 @@
 """The checks every mechanism makes on what it is given, so that all of them refuse alike."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -21,6 +21,11 @@ def check_heads(dim: int, heads: int) -> int:
     if dim % heads:
         raise bad("dim", dim, f"a multiple of heads={heads}")
     return dim // heads
+
+
+def frozen(value: int | Sequence[int]) -> int | tuple[int, ...]:
+    """Return a per-axis option (integers or booleans) with its sequence, if it is one, as a tuple."""
+    return value if isinstance(value, int) else tuple(value)
 
 
 def check_tokens(x: Tensor, grid: Grid | None, dim: int, dims: Iterable[int] = (1, 2, 3)) -> None:
