@@ -132,9 +132,7 @@ def _exact_reason(row: Row) -> list[str]:
     error = row.get("exactness_error")
     if row["mechanism"] == BASELINE or error is None:
         return []
-    return [
-        f"With equal weights its output is {100 * error:.0f} % away from full attention's (relative L2)."
-    ]
+    return [f"With equal weights its output is {100 * error:.0f} % away from full attention's (relative L2)."]
 
 
 def _learned(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from foveate.core.grid import Grid
 from foveate.core.registry import system
+from foveate.mechanisms.inputs import frozen
 from foveate.mechanisms.local.fused_neighborhood_attention import NeighborhoodAttention, PerAxis
 from foveate.patterns.grids import Neighborhood
 
