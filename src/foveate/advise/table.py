@@ -57,7 +57,14 @@ def rich_table(document: Mapping[str, Any], workload: str, *, width: int = 150) 
     best = next((r["mechanism"] for r in document["recommendations"] if r["workload"] == workload), None)
     size = grid_words(info.get("measured_grid") or info.get("grid", ()))
     title = f"[bold]{workload}[/]: {escape(str(info.get('title', '')))}  \\[{size}]"
-    table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     learns = any(r.get("quality") is not None for r in rows)
     columns = _columns(learns, str(info.get("metric") or "quality"), width >= WIDE)
     table.add_column("mechanism", no_wrap=True)
