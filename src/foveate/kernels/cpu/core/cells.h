@@ -93,7 +93,7 @@ struct Full {
     }
 };
 
-#if defined(FV_DOT_BF16)
+#if defined(__AVX512BF16__)
 struct Half {
     static constexpr bool scaled = false;
     static void lanes(float* to, const fv_tensor& t, int64_t base, const int32_t* ids, int n, int n_lanes, int d, int,

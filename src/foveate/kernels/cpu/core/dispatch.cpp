@@ -19,6 +19,8 @@ FV_DECLARE(fv_avx2)
 #endif
 #if defined(FV_HAVE_AVX512)
 FV_DECLARE(fv_avx512)
+#endif
+#if defined(FV_HAVE_AVX512BF16)
 FV_DECLARE(fv_avx512bf16)
 #endif
 
@@ -27,8 +29,10 @@ namespace {
 using Run = void (*)(int, const fv_job&, int64_t, int64_t, float*);
 
 Run choose(int isa) {
-#if defined(FV_HAVE_AVX512)
+#if defined(FV_HAVE_AVX512BF16)
     if (isa == FV_AVX512_BF16) return fv_avx512bf16::run;
+#endif
+#if defined(FV_HAVE_AVX512)
     if (isa == FV_AVX512) return fv_avx512::run;
 #endif
 #if defined(FV_HAVE_AVX2)
@@ -75,8 +79,12 @@ int fv_best_isa(void) {
 #endif
 #if defined(FV_HAVE_AVX512)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        return __builtin_cpu_supports("avx512bf16") ? FV_AVX512_BF16 : FV_AVX512;
+        __builtin_cpu_supports("avx512vl")) {
+#if defined(FV_HAVE_AVX512BF16)
+        if (__builtin_cpu_supports("avx512bf16")) return FV_AVX512_BF16;
+#endif
+        return FV_AVX512;
+    }
 #endif
 #if defined(FV_HAVE_AVX2)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return FV_AVX2;

@@ -22,7 +22,7 @@ void run(int kind, const fv_job& job, int64_t begin, int64_t end, float* memory)
         int64_t set = b * cells.set_stride_b + h * cells.set_stride_h;
         int64_t first = cells.set_ptr[set], n = cells.set_ptr[set + 1] - first;
         for (int64_t c = first + n * slice / slices; c < first + n * (slice + 1) / slices; ++c) {
-#if defined(FV_DOT_BF16)
+#if defined(__AVX512BF16__)
             if (job.dtype == FV_BF16) {
                 run_cell<Half>(kind, job, b, h, cells, c, slice, w);
                 continue;

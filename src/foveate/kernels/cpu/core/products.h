@@ -93,7 +93,7 @@ static inline void blend(const float* st, int n_lanes, int used, const float* ro
             blend_block<(W == 16 ? 8 : 4), 2>(st + l, n_lanes, rows + j, ld, n, out + (int64_t)l * ld + j);
 }
 
-#if defined(FV_DOT_BF16)
+#if defined(__AVX512BF16__)
 // The same two products on bf16 panels with fp32 sums. Pairs of neighbours along the summed axis are interleaved:
 //   dots:  lanes[i / 2][lane][2] against rows[row][i];   blend: st[row / 2][lane][2] against rows[row / 2][j][2]
 static inline __m512 dp(__m512 acc, const void* a, __m512i b) {
