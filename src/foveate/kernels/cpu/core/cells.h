@@ -148,6 +148,23 @@ static inline vfa tanh_pos(vfa x) {  // x >= 0
     return (splat(1.0f) - e) / (splat(1.0f) + e);
 }
 
+// The codes of a term for the lanes of a cell, and whether they are all the same (one number for a whole row).
+struct LaneCodes {
+    int32_t code[64];
+    bool same;
+    LaneCodes(const int32_t* codes, const int32_t* lanes, int used, int n_lanes) {
+        same = true;
+        for (int l = 0; l < n_lanes; ++l) {
+            code[l] = codes[lanes[l < used ? l : 0]];
+            same &= code[l] == code[0];
+        }
+    }
+};
+
+static inline int32_t clamp_index(int64_t at, int64_t size) {
+    return (int32_t)(at < 0 ? 0 : at >= size ? size - 1 : at);
+}
+
 // Adds the gathered biases, then the soft-cap; `slope` (or NULL) receives the cap's derivative.
 static inline void add_terms(const fv_job& job, int64_t b, int64_t h, float* st, float* slope, int n, const int32_t* rows,
                              int n_lanes, const int32_t* lanes, int used, bool rows_are_keys) {
@@ -155,13 +172,23 @@ static inline void add_terms(const fv_job& job, int64_t b, int64_t h, float* st,
         const fv_term& term = job.terms[t];
         const float* table = term.table + b * term.stride_b + h * term.stride_h;
         const int32_t* row_code = rows_are_keys ? term.k_code : term.q_code;
-        const int32_t* lane_code = rows_are_keys ? term.q_code : term.k_code;
+        const LaneCodes codes(rows_are_keys ? term.q_code : term.k_code, lanes, used, n_lanes);
+        const vi zero = vi{}, last = (int32_t)(term.size - 1) - vi{};
         for (int i = 0; i < n; ++i) {
-            int64_t code = row_code[rows[i]] + term.base;
-            for (int l = 0; l < used; ++l) {
-                int64_t at = code + lane_code[lanes[l]];
-                at = at < 0 ? 0 : at >= term.size ? term.size - 1 : at;
-                st[i * n_lanes + l] += table[at];
+            const int32_t code = (int32_t)(row_code[rows[i]] + term.base);
+            float* row = st + (int64_t)i * n_lanes;
+            if (codes.same) {
+                const vfa bias = splat(table[clamp_index((int64_t)code + codes.code[0], term.size)]);
+                for (int l = 0; l < n_lanes; l += W) store(row + l, load(row + l) + bias);
+                continue;
+            }
+            for (int l = 0; l < n_lanes; l += W) {
+                vi at;
+                std::memcpy(&at, codes.code + l, sizeof at);
+                at += code;
+                at = at < zero ? zero : at;
+                at = at > last ? last : at;
+                store(row + l, load(row + l) + gather(table, at));
             }
         }
     }
@@ -288,6 +315,28 @@ static inline void d_logits(const fv_job& job, float* st, const float* dp, const
         }
 }
 
+// Adds the gradients of the logits up into the tables they came from.
+static inline void grade_terms(const fv_job& job, int64_t b, int64_t h, int64_t slice, const float* st, int n,
+                               const int32_t* keys, int n_lanes, const int32_t* queries, int used) {
+    for (int t = 0; t < job.n_terms; ++t) {
+        const fv_term& term = job.terms[t];
+        if (!term.grad) continue;
+        float* grad = term.grad + b * term.grad_stride_b + h * term.grad_stride_h + slice * term.grad_stride_slice;
+        const LaneCodes codes(term.q_code, queries, used, n_lanes);
+        for (int i = 0; i < n; ++i) {
+            const int64_t code = term.k_code[keys[i]] + term.base;
+            const float* row = st + (int64_t)i * n_lanes;
+            if (codes.same) {
+                float sum = 0;
+                for (int l = 0; l < used; ++l) sum += row[l];
+                grad[clamp_index(code + codes.code[0], term.size)] += sum;
+            } else {
+                for (int l = 0; l < used; ++l) grad[clamp_index(code + codes.code[l], term.size)] += row[l];
+            }
+        }
+    }
+}
+
 template <class P>
 static void query_cell(const fv_job& job, int64_t b, int64_t h, const fv_cells& cells, int64_t c, int64_t slice,
                        Workspace& w) {
@@ -323,19 +372,7 @@ static void query_cell(const fv_job& job, int64_t b, int64_t h, const fv_cells& 
         weights(job, w.st, n, n_lanes, mask, row0, lse, nullptr);
         P::multiply(w.rows_b, ld_v, n_padded, w.lanes_b, n_lanes, dv, w.dp);
         d_logits(job, w.st, w.dp, w.slope, n, n_lanes, delta, nullptr);
-        for (int t = 0; t < job.n_terms; ++t) {
-            const fv_term& term = job.terms[t];
-            if (!term.grad) continue;
-            float* grad = term.grad + b * term.grad_stride_b + h * term.grad_stride_h + slice * term.grad_stride_slice;
-            for (int i = 0; i < n; ++i) {
-                int64_t code = term.k_code[w.ids[i]] + term.base;
-                for (int l = 0; l < used; ++l) {
-                    int64_t at = code + term.q_code[own[l]];
-                    at = at < 0 ? 0 : at >= term.size ? term.size - 1 : at;
-                    grad[at] += w.st[(int64_t)i * n_lanes + l];
-                }
-            }
-        }
+        grade_terms(job, b, h, slice, w.st, n, w.ids, n_lanes, own, used);
         P::add(w.st, n_lanes, used, w.rows_a, ld_k, n, width, w.acc_a, w);
     }
     for (int i = 0; i < used; ++i) {

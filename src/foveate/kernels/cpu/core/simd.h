@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -40,6 +40,19 @@ static inline vfa exp_neg(vfa x) {
     p = p * (f * f) + f + splat(1.0f);
     vfa scaled = (vfa)((vi)p + (n << 23));
     return x < low ? vfa{} : scaled;
+}
+
+// table[index] for every lane.
+static inline vfa gather(const float* table, vi index) {
+#if defined(__AVX512F__)
+    return (vfa)_mm512_i32gather_ps((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+    return (vfa)_mm256_i32gather_ps(table, (__m256i)index, 4);
+#else
+    vfa found;
+    for (int i = 0; i < W; ++i) found[i] = table[index[i]];
+    return found;
+#endif
 }
 
 // Keep the lanes whose bit is set, `other` elsewhere. `bits` holds one bit a lane, lowest first.
