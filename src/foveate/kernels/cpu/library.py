@@ -134,15 +134,27 @@ def library_path() -> Path:
     return Path(__file__).with_name(f"libfoveate_cpu.{suffix}")
 
 
+def _stored_reason() -> str:
+    """Return what the build wrote when it left the core out.
+
+    An editable install keeps that file in site-packages, so every directory of the package is looked at; a library
+    that an earlier build left beside the sources then does not count.
+    """
+    for directory in sys.modules[__name__.rpartition(".")[0]].__path__:
+        stored = Path(directory, REASON_FILE)
+        if stored.exists():
+            return stored.read_text(encoding="utf-8").strip()
+    return ""
+
+
 @cache
 def _load() -> Library | str:
     """Load the core once; the text says why it is not there."""
     if os.environ.get("FOVEATE_NO_NATIVE") == "1":
         return "the C++ core is switched off by FOVEATE_NO_NATIVE=1"
     path = library_path()
-    if not path.exists():
-        stored = path.with_name(REASON_FILE)
-        reason = stored.read_text(encoding="utf-8").strip() if stored.exists() else ""
+    reason = _stored_reason()
+    if reason or not path.exists():
         return "the C++ core was not built" + (f" ({reason})" if reason else "")
     try:
         handle = ctypes.CDLL(str(path))
