@@ -90,7 +90,11 @@ def test_wheel_without_the_core_is_pure_and_says_why(wheel, environment, reason)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("environment", [{"CXX": "/bin/false"}, {"FOVEATE_NO_NATIVE": "1"}])
-def test_a_required_core_is_never_left_out(wheel, environment):
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [({"CXX": "/bin/false"}, "CMake configuration failed"), ({"FOVEATE_NO_NATIVE": "1"}, "are both set")],
+)
+def test_a_required_core_is_never_left_out(wheel, environment, message):
     path, said = wheel(FOVEATE_REQUIRE_NATIVE="1", **environment)
     assert path is None, said
+    assert message in said
