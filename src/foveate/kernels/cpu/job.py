@@ -35,8 +35,6 @@ DTYPES = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
 _TASKS, _SUMMED_TASKS = 512, 128
 # Bytes of partial sums of table gradients.
 _PARTIAL_BYTES = 64 << 20
-# Numbers handled at a time where a product of two outputs would be a temporary tensor as large as they are.
-_PIECE = 1 << 22
 
 
 class Call(NamedTuple):
@@ -141,15 +139,19 @@ def backward(
     """Return the gradients, recomputing the weights from the lse."""
     if grad.stride(3) != 1:
         grad = grad.contiguous()
-    delta = None if call.rule == SIGMOID else _delta(grad, out, grad_lse, lse)
     job = _job(call)
     job.d_out = _tensor(grad)
-    if delta is not None:
-        job.lse, job.delta = lse.data_ptr(), delta.data_ptr()
-    dq = d_factor = dk = dv = d_sink = None
-    d_tables: list[Tensor | None] = [None] * len(call.tables)
-    if wanted.q or wanted.factor or any(wanted.tables):
-        dq, d_factor, d_tables = _query_pass(call, job, wanted)
+    delta = None
+    if call.rule != SIGMOID:
+        # Minus the gradient of the lse; the core adds rowsum(grad * out), what weights carry away from each other.
+        if grad_lse is None:
+            delta = torch.zeros(lse.shape)
+        else:
+            delta = grad_lse.masked_fill(lse == NEG_INF, 0.0).neg_().contiguous()
+        job.out, job.lse, job.delta, job.finish_delta = _tensor(out), lse.data_ptr(), delta.data_ptr(), 1
+    # The keys' pass needs what the queries' pass adds to delta.
+    dq, d_factor, d_tables = _query_pass(call, job, wanted)
+    dk = dv = d_sink = None
     if wanted.kv:
         dk, dv = _key_pass(call, job)
     if wanted.sink and call.sink is not None and delta is not None:
@@ -198,21 +200,6 @@ def _key_pass(call: Call, job: Job) -> tuple[Tensor, Tensor]:
     job.slices = _slices(facts.cells, call.k.shape[0] * call.k.shape[1], _TASKS)
     library().launch(BACKWARD_KEY, job)
     return dk, dv
-
-
-def _delta(grad: Tensor, out: Tensor, grad_lse: Tensor | None, lse: Tensor) -> Float32[Tensor, "b h nq"]:
-    """Return rowsum(grad * out) - grad_lse, what is subtracted from d weights."""
-    delta = torch.empty(lse.shape)
-    per_head = out.shape[2] * out.shape[3]
-    if out.numel() <= _PIECE or per_head == 0:
-        torch.sum(grad.float() * out.float(), -1, out=delta)
-    else:
-        for b in range(out.shape[0]):
-            for h in range(out.shape[1]):
-                torch.sum(grad[b, h].float() * out[b, h].float(), -1, out=delta[b, h])
-    if grad_lse is not None:
-        delta -= grad_lse.masked_fill(lse == NEG_INF, 0.0)
-    return delta
 
 
 def _slices(cells: int, sets: int, tasks: int) -> int:

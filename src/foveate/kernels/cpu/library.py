@@ -20,7 +20,7 @@ from pathlib import Path
 
 from foveate.core.errors import UnsupportedError, unknown
 
-ABI = 1
+ABI = 2
 MAX_TERMS = 4
 # The values of the FV_* enumerations of the header.
 F32, BF16, F16 = 0, 1, 2
@@ -101,6 +101,7 @@ class Job(Structure):
         ("delta", c_void_p),
         ("d_row_factor", c_void_p),
         ("slices", c_int64),
+        ("finish_delta", c_int64),
     )
 
 

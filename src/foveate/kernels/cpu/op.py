@@ -140,13 +140,12 @@ def attend_cells_backward_op(
 @attend_cells_backward_op.register_fake
 def _(grad, grad_lse, out, lse, q, k, v, factor, sink, tables, codes, cells, spec, numbers, wanted):
     want = Wanted(*wanted[:4], tables=wanted[4:])
-    rows = bool(want.q or want.factor or any(want.tables))
 
     def like(x, use):
         return torch.empty_like(x, memory_format=torch.contiguous_format) if use else q.new_empty(0)
 
     return [
-        empty_like(q, q.shape[3]) if rows else q.new_empty(0),
+        empty_like(q, q.shape[3]),
         empty_like(k, k.shape[3]) if want.kv else q.new_empty(0),
         empty_like(v, v.shape[3]) if want.kv else q.new_empty(0),
         like(factor, want.factor),
@@ -181,8 +180,7 @@ def _rows(x: Tensor) -> Tensor:
 def _through_op(call: Call, grad, grad_lse, out, lse, wanted: Wanted) -> Grads:
     flags = [int(w) for w in (*wanted[:4], *wanted.tables)]
     found = attend_cells_backward_op(grad, grad_lse, out, lse, *call, flags)
-    q_pass = bool(wanted.q or wanted.factor or any(wanted.tables))
-    used = [q_pass, wanted.kv, wanted.kv, wanted.factor, wanted.sink, *wanted.tables]
+    used = [True, wanted.kv, wanted.kv, wanted.factor, wanted.sink, *wanted.tables]
     grads = [g if use else None for g, use in zip(found, used, strict=True)]
     return Grads(*grads[:5], tables=grads[5:])  # type: ignore[misc]
 

@@ -64,7 +64,12 @@ def lowered(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None) -> Sch
 
 
 def single(schedule: Schedule) -> Schedule:
-    """Return the same pairs with every query in one cell at most."""
+    """Return the same pairs with every query in one cell at most.
+
+    Raises:
+        ArgumentError: if an id lies outside of the schedule's lengths.
+    """
+    schedule.memo("cpu checked", lambda: schedule.validate(disjoint=False) and None)
     if schedule.is_single_cell:
         return schedule
     return schedule.memo("cpu single", lambda: schedule.transpose(LANES).transpose(LANES))

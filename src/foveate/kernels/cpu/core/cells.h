@@ -87,6 +87,14 @@ struct Full {
     static void multiply(const float* rows, int ld, int n_rows, const float* lanes, int n_lanes, int d, float* st) {
         dots(rows, ld, n_rows, lanes, n_lanes, d, st);
     }
+    // Every lane of one panel with the same lane of another, in the order of `multiply`.
+    static void inner(const float* a, const float* b, int n_lanes, int d, float* to) {
+        for (int l = 0; l < n_lanes; l += W) {
+            vfa acc = vfa{};
+            for (int i = 0; i < d; ++i) acc += load(a + (int64_t)i * n_lanes + l) * load(b + (int64_t)i * n_lanes + l);
+            store(to + l, acc);
+        }
+    }
     static void add(const float* st, int n_lanes, int used, const float* rows, int ld, int n, int width, float* out,
                     Workspace&) {
         blend(st, n_lanes, used, rows, ld, n, width, out);
@@ -114,6 +122,15 @@ struct Half {
             int filled = 0;
             if (i < n) std::memcpy(row, (const uint16_t*)t.data + base + ids[i] * t.stride_n, 2 * (filled = d));
             std::memset(row + filled, 0, 2 * (ld - filled));
+        }
+    }
+    static void inner(const float* a, const float* b, int n_lanes, int d, float* to) {
+        for (int l = 0; l < n_lanes; l += W) {
+            __m512 acc = _mm512_setzero_ps();
+            for (int i = 0; i < d / 2; ++i)
+                acc = _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(a + (int64_t)i * n_lanes + l),
+                                       (__m512bh)_mm512_loadu_si512(b + (int64_t)i * n_lanes + l));
+            _mm512_storeu_ps(to + l, acc);
         }
     }
     static void multiply(const float* rows, int ld, int n_rows, const float* lanes, int n_lanes, int d, float* st) {
@@ -356,6 +373,14 @@ static void query_cell(const fv_job& job, int64_t b, int64_t h, const fv_cells& 
         float value = i < used && job.lse ? job.lse[row_of + own[i]] : 0;
         lse[i] = value < NEG ? -NEG : value;  // a row with no key: weights exp(-huge) = 0
         delta[i] = i < used && job.delta ? job.delta[row_of + own[i]] : 0;
+    }
+    if (job.finish_delta) {
+        // Summed in the order of d weights, so that where one key has all the weight the two cancel exactly.
+        P::lanes(w.acc_b, job.out, b * job.out.stride_b + h * job.out.stride_h, own, used, n_lanes, dv, job.dtype, nullptr, 1,
+                 w.rows_a);
+        float dot[64];
+        P::inner(w.acc_b, w.lanes_b, n_lanes, dv, dot);
+        for (int i = 0; i < used; ++i) job.delta[row_of + own[i]] = delta[i] += dot[i];
     }
     std::memset(w.acc_a, 0, sizeof(float) * 64 * ld_k);
     Stream stream{cells.runs + 2 * cells.run_ptr[c], cells.run_ptr[c + 1] - cells.run_ptr[c]};
