@@ -1,14 +1,18 @@
 # The two commands: `make compare` and `make test`. Each makes its own .venv with pinned requirements.
 #   TORCH_INDEX=URL   take torch from this index (for example PyTorch's CPU or CUDA wheel index)
 #   PYTHON=python3.12 choose the interpreter that makes the environment
+#   CXX=clang++       choose the compiler of the C++ core (docs/native.md)
 #   ARGS="..."        further arguments of `foveate compare` or pytest
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q
+# pip builds in an environment of its own, which only PIP_BUILD_CONSTRAINT reaches.
+PINNED := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+PIP := $(PINNED) $(BIN)/python -m pip install -q
 TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 PINS := pyproject.toml constraints.txt
+CORE := CMakeLists.txt $(wildcard src/foveate/kernels/cpu/core/*)
 OUT ?= compare
 
 .DEFAULT_GOAL := help
@@ -23,8 +27,10 @@ compare: $(VENV)/.compare  ## which attention fits this machine? writes compare/
 test: $(VENV)/.test  ## the test suite, under ten minutes on two cores
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: $(VENV)/.test  ## everything: 500 hypothesis examples, browser, short trainings
+test-all: $(VENV)/.test  ## everything: 500 hypothesis examples, browser, short trainings, sanitizers, without the core
 	FOVEATE_ALL=1 FOVEATE_HYPOTHESIS=all $(BIN)/python -m pytest $(ARGS)
+	$(PURE)
+	FOVEATE_REQUIRE_NATIVE= $(VENV)/pure/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -35,7 +41,7 @@ docs: $(VENV)/.docs  ## regenerate the catalogue and pictures, build site/
 	$(BIN)/python -m docs.generate
 	$(BIN)/mkdocs build --strict
 
-bench: $(VENV)/.compare  ## speed ratios of the kernels, side by side in one run
+bench: $(VENV)/.bench  ## speed ratios of the kernels, side by side in one run
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove the environment and everything built
@@ -48,14 +54,39 @@ $(VENV)/.base: $(PINS)
 	@echo "installing torch (the first time this is the long step)"
 	$(PIP) pip
 	$(PIP) $(TORCH) torch
-	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.compare: $(VENV)/.base
+# Tests and benchmarks want the C++ core and fail without it; `make compare` says so and goes on.
+test test-all bench $(VENV)/.test $(VENV)/.bench: export FOVEATE_REQUIRE_NATIVE = 1
+
+define COMPILER
+@[ -n "$$FOVEATE_NO_NATIVE" ] || command -v $${CXX:-c++} >/dev/null \
+|| { [ -z "$$CXX" ] && { command -v g++ || command -v clang++; } >/dev/null; } \
+|| { echo "no C++ compiler ($${CXX:-c++, g++ or clang++}): install one for foveate's CPU core (Debian or Ubuntu: sudo apt-get install g++; macOS: xcode-select --install)"; \
+     [ -z "$$FOVEATE_REQUIRE_NATIVE" ]; }
+endef
+
+# An environment without the core that borrows every other package.
+define PURE
+rm -rf $(VENV)/pure
+$(BIN)/python -m venv --without-pip $(VENV)/pure
+$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	> $$($(VENV)/pure/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
+FOVEATE_REQUIRE_NATIVE= FOVEATE_NO_NATIVE=1 $(PINNED) $(BIN)/python -m pip --python $(VENV)/pure/bin/python install -q --no-deps --ignore-installed .
+endef
+
+$(VENV)/.compare: $(VENV)/.base $(CORE)
+	$(COMPILER)
 	$(PIP) -e '.[compare]'
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.compare
+$(VENV)/.bench: $(VENV)/.base $(CORE)
+	$(COMPILER)
+	$(PIP) -e '.[compare]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base $(CORE)
+	$(COMPILER)
 	$(PIP) -e '.[compare,test]'
 	@touch $@
 
@@ -63,6 +94,7 @@ $(VENV)/.lint: $(VENV)/.test
 	$(PIP) ruff pyright
 	@touch $@
 
-$(VENV)/.docs: $(VENV)/.compare
+$(VENV)/.docs: $(VENV)/.base $(CORE)
+	$(COMPILER)
 	$(PIP) -e '.[compare,docs]'
 	@touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.metadata import PackageNotFoundError, distribution, version
+from shutil import which
 
 from rich.markup import escape
 from rich.table import Table
@@ -12,7 +13,6 @@ from foveate.cli.console import friendly, stdout
 
 # Backends of the plan that this version does not have yet.
 _PLANNED = {
-    "cpu": "its C++ core is not part of this version",
     "flex": "FlexAttention is not wired up in this version",
     "triton": "its kernels are not part of this version",
 }
@@ -37,9 +37,23 @@ def extras() -> dict[str, dict[str, str | None]]:
 
 def backends() -> dict[str, str]:
     """Backend -> "" when it can be used here, or the reason it cannot."""
+    from foveate.kernels.cpu.library import absent
     from foveate.kernels.select import BACKENDS
 
-    return {**dict.fromkeys(BACKENDS, ""), **{k: why for k, why in _PLANNED.items() if k not in BACKENDS}}
+    known = {**dict.fromkeys(BACKENDS, ""), **{k: why for k, why in _PLANNED.items() if k not in BACKENDS}}
+    return {**known, "cpu": absent() or ""}
+
+
+def core() -> str:
+    """Say which instruction sets the C++ core runs with here, or why there is no core."""
+    from foveate.kernels.cpu.library import absent, isa_levels, library_path
+
+    missing = absent()
+    if missing is None:
+        *slower, best = isa_levels()
+        return f"{best}" + (f" (also {', '.join(slower)})" if slower else "") + f", {library_path()}"
+    compiler = next(filter(None, map(which, ("c++", "g++", "clang++"))), None)
+    return f"{missing}; C++ compiler now: {compiler or 'none'}"
 
 
 @friendly
@@ -64,6 +78,7 @@ def doctor() -> None:
     row("system", f"{machine.os}, {machine.architecture}")
     row("cpu", machine.cpu)
     row("isa", f"{' '.join(machine.isa) or 'no known extensions'}; torch uses {machine.torch_isa}")
+    row("C++ core", core())
     row(
         "threads",
         f"{machine.threads} of {machine.usable_cores} usable cores ({machine.cores} present)",

@@ -36,6 +36,7 @@ class Explanation:
         speedup_bound: how many times faster than dense attention the forward can be.
         speedup_bound_backward: the same for forward and backward together.
         backend: who would run it.
+        detail: how it runs here, such as the instruction set of the C++ core; often empty.
         reasons: backend -> one sentence on why it would not.
         tile: queries of a cell per axis of the pattern's grid, None without cells or when cells are given.
         device: what it was planned for.
@@ -65,6 +66,7 @@ class Explanation:
     device: str
     dtype: str
     where: str
+    detail: str = ""
 
     @property
     def needed_share(self) -> float:
@@ -126,7 +128,7 @@ def explain_plan(chosen: Plan, problem: Problem, where: Any = None) -> Explanati
     names = (
         "pairs_needed", "pairs_computed", "pairs_dense", "full_tiles", "partial_tiles", "flops",
         "flops_backward", "bytes", "speedup_bound", "speedup_bound_backward", "backend", "reasons",
-        "batch", "heads", "n_q", "n_k", "d", "d_v",
+        "batch", "heads", "n_q", "n_k", "d", "d_v", "detail",
     )  # fmt: skip
     return Explanation(
         **{name: getattr(chosen, name) for name in names},

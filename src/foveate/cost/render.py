@@ -31,7 +31,7 @@ def rows(e: Explanation) -> list[tuple[str, str]]:
     return [
         ("where", e.where),
         ("problem", f"batch {e.batch}, {e.heads} heads, {sizes}, {e.dtype} on {e.device}"),
-        ("backend", e.backend),
+        ("backend", f"{e.backend} ({e.detail})" if e.detail else e.backend),
         ("pairs needed", f"{amount(e.pairs_needed)} ({e.needed_share:.2%} of dense)"),
         ("pairs computed", f"{amount(e.pairs_computed)} ({e.computed_share:.2%} of dense)"),
         ("pairs dense", amount(e.pairs_dense)),

@@ -39,7 +39,7 @@ def is_traced(x: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _constant(fn: Callable[P, T]) -> Callable[P, T]:
+def constant(fn: Callable[P, T]) -> Callable[P, T]:
     """Mark a function of constants for torch.compile, and run it outside of fake and tracing modes
     (torch.export).
 
@@ -69,7 +69,7 @@ def lowered_tile(where: Any, n_q: int, n_k: int) -> tuple[int, ...] | None:
     return default_tile(where, n_q, n_k, key_cost=KEY_COST, cell_cost=CELL_COST)
 
 
-@_constant
+@constant
 def static_counts(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None) -> tuple[int, int, int]:
     """Return (pairs computed, key rows copied, fused calls) of a static pattern, per batch and head."""
     schedule = lowered(where, n_q, n_k, tile)
@@ -81,7 +81,7 @@ def _counts(schedule: Schedule) -> tuple[int, int, int]:
     return schedule.pairs_computed, rows, len(schedule.groups)
 
 
-@_constant
+@constant
 def static_program(
     where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None, device: torch.device
 ) -> tuple[tuple[int, ...], tuple[Tensor, ...], int]:
@@ -89,7 +89,7 @@ def static_program(
     return tuple(program(lowered(where, n_q, n_k, tile), device))  # type: ignore[return-value]
 
 
-@_constant
+@constant
 def static_views(
     where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None, device: torch.device
 ) -> tuple[CellView, ...]:
@@ -97,7 +97,7 @@ def static_views(
     return views(lowered(where, n_q, n_k, tile), device)
 
 
-@_constant
+@constant
 def dense_mask(where: Any, n_q: int, n_k: int, device: torch.device) -> Tensor:
     """Return `where.dense(n_q, n_k)` on a device; small ones are kept."""
     if n_q * n_k > _MASK_BYTES:

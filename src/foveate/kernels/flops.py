@@ -39,7 +39,9 @@ def attention_flops(pairs: int, d: int, d_v: int) -> int:
     return 2 * pairs * (d + d_v)
 
 
-def attention_backward_flops(pairs: int, d: int, d_v: int, *, recompute: bool = True) -> int:
+def attention_backward_flops(
+    pairs: int, d: int, d_v: int, *, recompute: bool = True, passes: int = 1
+) -> int:
     """Return the FLOPs of the backward.
 
     Args:
@@ -47,9 +49,10 @@ def attention_backward_flops(pairs: int, d: int, d_v: int, *, recompute: bool = 
         d: length of a query and a key.
         d_v: length of a value.
         recompute: whether the logits are computed again (fused kernels) or the weights were kept.
+        passes: how often pairs are visited: 2 where once for queries and once for keys.
     """
-    # dq and dk (and the logits once more): d; d weights and dv: d_v.
-    return 2 * pairs * ((3 if recompute else 2) * d + 2 * d_v)
+    # dq and dk (and the logits once more, in every pass): d; dv and (in every pass) d weights: d_v.
+    return 2 * pairs * ((2 + passes * recompute) * d + (1 + passes) * d_v)
 
 
 def _forward_formula(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__) -> int:

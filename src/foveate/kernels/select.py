@@ -22,6 +22,7 @@ from foveate.core.errors import UnsupportedError, unknown
 from foveate.core.lazy import cached_property
 from foveate.core.tracing import fixed
 from foveate.kernels import reference, sdpa, tiles
+from foveate.kernels.cpu import backend as cpu
 from foveate.kernels.constants import lowered, lowered_tile, static_counts
 from foveate.kernels.flops import attention_backward_flops, attention_flops
 from foveate.kernels.problem import Problem
@@ -29,12 +30,12 @@ from foveate.patterns.schedule import Schedule
 
 # In the order in which equals are preferred. A backend is a module with NAME, refuse(problem), run(problem,
 # plan); adding one is adding it here and giving it a price in `_price`.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (sdpa, tiles, reference)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (sdpa, cpu, tiles, reference)}
 
 # Products of all pairs that forward and backward do together; dense attention does 7 (two forward; logits
 # again, d weights, dv, dq and dk backward). A backend that visits pairs once for queries and once for keys
 # does 9.
-PRODUCTS: dict[str, int] = {"sdpa": 7, "tiles": 7, "reference": 6}
+PRODUCTS: dict[str, int] = {"sdpa": 7, "cpu": 9, "tiles": 7, "reference": 6}
 _DENSE_PRODUCTS = 7
 
 
@@ -74,6 +75,7 @@ class Plan:
         itemsize: bytes of one number.
         predicted_ms: time predicted for every backend that can; ratios of these decided.
         cells: the Schedule of routed cells, None for static patterns (see `schedule`).
+        detail: how the backend runs here, "" where there is nothing to say (the core's instruction set).
     """
 
     backend: str
@@ -91,6 +93,7 @@ class Plan:
     itemsize: int
     predicted_ms: dict[str, float]
     cells: Schedule | None = None
+    detail: str = ""
 
     @cached_property
     def schedule(self) -> Schedule | None:
@@ -156,7 +159,8 @@ class Plan:
         """FLOPs of the backward."""
         if self.backend == "reference":
             return attention_backward_flops(self.pairs_computed, self.d, self.d_v, recompute=False)
-        return attention_backward_flops(self.pairs_computed, self.d, self.d_v)
+        passes = 2 if self.backend == "cpu" else 1
+        return attention_backward_flops(self.pairs_computed, self.d, self.d_v, passes=passes)
 
     @cached_property
     def bytes(self) -> int:
@@ -201,7 +205,7 @@ def plan(problem: Problem, backend: str = "auto", *, tile: tuple[int, ...] | Non
     for name, module in BACKENDS.items():
         reason = module.refuse(problem)
         if reason is None:
-            predicted[name] = _price(name, problem, counts) / 1e6
+            predicted[name] = _price(name, problem, counts, tile) / 1e6
         else:
             reasons[name] = reason[0].upper() + reason[1:] + "."
     if backend != "auto" and backend in reasons:
@@ -210,11 +214,16 @@ def plan(problem: Problem, backend: str = "auto", *, tile: tuple[int, ...] | Non
     for name in BACKENDS:
         if name != chosen and name not in reasons:
             reasons[name] = _slower(name, chosen, predicted, backend)
+    detail = ""
+    if chosen == "cpu":
+        tile, detail = tile or cpu.tile(problem), cpu.describe()
+    elif chosen == "tiles" and backend == "auto" and problem.device.type == "cpu":
+        cpu.note_absence()
     return Plan(
         backend=chosen, reasons=reasons, tile=tile, where=problem.where, batch=problem.batch,
         heads=problem.heads, kv_heads=problem.kv_heads, n_q=problem.n_q, n_k=problem.n_k,
         n_real=problem.n_k if problem.frame is None else problem.frame.base.numel,
-        d=problem.d, d_v=problem.d_v, itemsize=problem.dtype.itemsize, predicted_ms=predicted, cells=schedule,
+        d=problem.d, d_v=problem.d_v, itemsize=problem.dtype.itemsize, predicted_ms=predicted, cells=schedule, detail=detail,
     )  # fmt: skip
 
 
@@ -254,7 +263,7 @@ def _counts(problem: Problem, schedule: Schedule | None, tile: tuple[int, ...] |
     return _Counts(pairs, 10 * rows, len(schedule.groups))
 
 
-def _price(name: str, problem: Problem, counts: _Counts | None) -> float:
+def _price(name: str, problem: Problem, counts: _Counts | None, tile: tuple[int, ...] | None) -> float:
     """Predict the time of the forward, in nanoseconds."""
     times = problem.batch * problem.heads
     dense = problem.n_q * problem.n_k
@@ -267,6 +276,8 @@ def _price(name: str, problem: Problem, counts: _Counts | None) -> float:
     if name == "reference":
         mask = dense * DENSE_MASK_PAIR if problem.where is not None else 0.0
         return _total(REFERENCE, problem, times * dense, 0, 1) + mask
+    if name == "cpu":
+        return cpu.nanoseconds(problem, tile)
     assert counts is not None
     price = TILES_FUSED if tiles.fusable(problem) is None else TILES_PLAIN
     rows = problem.batch * problem.kv_heads * counts.rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def lower(
 
 
 def default_tile(
-    where: Pattern, n_q: int | None = None, n_k: int | None = None, **costs: float
+    where: Pattern, n_q: int | None = None, n_k: int | None = None, **model: Any
 ) -> tuple[int, ...]:
     """Return the tile, one size per axis, that costs least by the model of `foveate.patterns.tiling`.
 
@@ -95,12 +96,12 @@ def default_tile(
         where: a Pattern.
         n_q: number of queries; may be left out when the pattern has a grid.
         n_k: number of keys.
-        costs: `key_cost` and `cell_cost`, to price for another machine or backend.
+        model: keywords of `tile_for`, to price for another machine or backend.
     """
     n_q, n_k = where.lengths(n_q, n_k)
     if isinstance(where, BlockList):
         return (where.block[0],)
-    return tile_for(_frame(where, n_q, n_k)[0], **costs)
+    return tile_for(_frame(where, n_q, n_k)[0], **model)
 
 
 def _lower(where: Pattern, n_q: int, n_k: int, tile, uniform: bool) -> Schedule:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from foveate.core.errors import bad
 from foveate.patterns.axis import AxisRule
 from foveate.patterns.tables import AxisOrder
+
+Price = Callable[[int, int, int, int], float]
 
 # Copying one key and one value row of 64 numbers into a cell, in pairs (4 * 64 FLOPs each): measured for the
 # plain gather in torch on a 2-core server, between 15 and 40.
@@ -30,9 +32,22 @@ _LONG = 1 << 16
 
 
 def tile_for(
-    rules: tuple[AxisRule, ...], *, key_cost: float = KEY_COST, cell_cost: float = CELL_COST
+    rules: tuple[AxisRule, ...],
+    *,
+    key_cost: float = KEY_COST,
+    cell_cost: float = CELL_COST,
+    price: Price | None = None,
+    max_queries: int = MAX_QUERIES,
 ) -> tuple[int, ...]:
-    """Return the tile sizes, one per axis, of least cost by the model of this file."""
+    """Return the tile sizes, one per axis, of least cost.
+
+    Args:
+        rules: the axes.
+        key_cost: of gathering a key, in pairs, for the model of this file.
+        cell_cost: of a cell, in pairs, for the model of this file.
+        price: another model: (queries of a full tile, pairs computed, keys gathered, cells) -> cost.
+        max_queries: the most queries a tile may have.
+    """
     priced = []
     for rule in rules:
         order = AxisOrder(rule)
@@ -45,10 +60,14 @@ def tile_for(
     best, best_cost = tuple(1 for _ in rules), math.inf
     for combination in itertools.product(*priced):
         tile = tuple(entry[0] for entry in combination)
-        if math.prod(tile) > MAX_QUERIES:
+        queries = math.prod(tile)
+        if queries > max_queries:
             continue
         pairs, keys, cells = (math.prod(entry[i] for entry in combination) for i in (1, 2, 3))
-        cost = pairs + key_cost * keys + cell_cost * cells
+        if price is not None:
+            cost = price(queries, pairs, keys, cells)
+        else:
+            cost = pairs + key_cost * keys + cell_cost * cells
         if cost < best_cost:
             best, best_cost = tile, cost
     return best

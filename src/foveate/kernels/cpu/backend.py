@@ -1,0 +1,148 @@
+"""Backend `cpu`: gathered tile attention in C++, forward and backward, for static patterns and routed cells.
+
+Cells go to the core as flat arrays (`flatten.py`), in tiles chosen by a cost model (`tiling.py`); scores become
+gathered biases (`terms.py`); `op.py` makes it differentiable and one node for torch.compile.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.core.tracing import constant_while_tracing, fixed
+from foveate.kernels.constants import is_traced
+from foveate.kernels.cpu import terms
+from foveate.kernels.cpu.job import DTYPES, Call
+from foveate.kernels.cpu.library import ISA_NAMES, absent, isa
+from foveate.kernels.cpu.op import attend_cells
+from foveate.kernels.cpu.tiling import (
+    cost,
+    packed,
+    reach,
+    single,
+    static_cost,
+    static_packed,
+    static_reach,
+    tile_of,
+)
+from foveate.kernels.problem import Problem
+from foveate.patterns.schedule import Schedule
+from foveate.scores.rules import NEG_INF
+
+NAME = "cpu"
+# One call through Python, in nanoseconds.
+CALL = 150_000.0
+
+
+@constant_while_tracing
+def _absent() -> str | None:
+    return absent()
+
+
+def refuse(problem: Problem) -> str | None:
+    """Say why this backend cannot serve the problem, None if it can. Reads ids of routed cells, no other tensor."""
+    if problem.where is None:
+        return "there is no `where`: every pair is needed and no cell can be skipped"
+    if problem.device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {problem.device.type!r}"
+    missing = _absent()
+    if missing is not None:
+        return missing
+    if problem.dtype not in DTYPES:
+        return f"the core computes in float32, bfloat16 and float16, not in {str(problem.dtype).removeprefix('torch.')}"
+    if not all(8 <= n <= 256 and n % 8 == 0 for n in (problem.d, problem.d_v)):
+        return f"head sizes {problem.d} and {problem.d_v} are not both multiples of 8 from 8 to 256"
+    if is_traced(problem.q):
+        return "its operators cannot run under torch.func transforms (vmap, grad, jvp)"
+    if not problem.one_rule:
+        return f"cells combine by {problem.combine!r}; the core knows one rule over all keys of a query"
+    schedule = problem.schedule
+    if schedule is not None and torch.compiler.is_compiling():
+        return "cells that are made from content while compiling cannot be flattened"
+    return terms.refuse(problem, lambda: _reach(problem, None))
+
+
+def tile(problem: Problem) -> tuple[int, ...] | None:
+    """Return the queries of a cell per axis that cost least; None where cells are given."""
+    if problem.where is None or problem.schedule is not None:
+        return None
+    return static_tile(problem.where, fixed(problem.n_q), fixed(problem.n_k))
+
+
+static_tile = constant_while_tracing(tile_of)
+
+
+def nanoseconds(problem: Problem, tile: tuple[int, ...] | None) -> float:
+    """Predict the time of the forward on two cores."""
+    width = problem.d + problem.d_v
+    schedule = problem.schedule
+    if schedule is None:
+        one = static_cost(problem.where, fixed(problem.n_q), fixed(problem.n_k), tile, fixed(width))
+    else:
+        schedule = single(schedule)
+        one = cost(schedule, width)
+    return CALL + problem.batch * problem.heads * one / 2
+
+
+def describe() -> str:
+    """Say how the core runs here: its instruction set and threads."""
+    return f"{ISA_NAMES[isa()]}, {torch.get_num_threads()} threads"
+
+
+@cache
+def note_absence() -> None:
+    """Say once that the core is not there, when another backend takes over on a CPU."""
+    missing = absent()
+    if missing is not None:
+        warnings.warn(
+            f"foveate runs on this CPU without its fast core: {missing}. Backend 'tiles' takes over.",
+            stacklevel=4,
+        )
+
+
+def run(problem: Problem, plan: Any) -> tuple[Float[Tensor, "b h nq dv"], Float[Tensor, "b h nq"] | None]:
+    """Return the output in the dtype of q, and the natural-log lse in float32 (or None)."""
+    read = terms.read(problem, lambda: _reach(problem, plan.tile))
+    if 0 in (*problem.q.shape, *problem.k.shape):
+        return _nothing(problem, read)
+    arrays, (pairs, *facts) = _cells(problem, plan, with_keys=problem.needs_grad)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
+    if facts[1] > 1 and k.shape[1] < q.shape[1]:
+        # Cells of one head each: a key has its own queries for every head that reads it.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    codes = [code for term in read.terms for code in (term.q_code, term.k_code)]
+    call = Call(
+        q, k, v, read.factor, read.sink, [term.table for term in read.terms], codes, list(arrays),
+        [read.rule, pairs, *facts, *(term.base for term in read.terms)],
+        [problem.scale, read.softcap, read.sigmoid_bias],
+    )  # fmt: skip
+    out, lse = attend_cells(call)
+    return out, lse if problem.return_lse else None
+
+
+def _cells(problem: Problem, plan: Any, with_keys: bool) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    if problem.schedule is None:
+        return static_packed(problem.where, fixed(problem.n_q), fixed(problem.n_k), plan.tile, with_keys)
+    schedule: Schedule = plan.schedule
+    return packed(schedule.to("cpu"), with_keys)
+
+
+def _reach(problem: Problem, tile: tuple[int, ...] | None) -> tuple | None:
+    if problem.schedule is not None:
+        return reach(problem.schedule)
+    return static_reach(problem.where, fixed(problem.n_q), fixed(problem.n_k), tile)
+
+
+def _nothing(problem: Problem, read: terms.Terms) -> tuple[Tensor, Tensor | None]:
+    """No pair anywhere: zeros that still belong to the graph."""
+    out = problem.q.new_zeros((*problem.q.shape[:3], problem.d_v))
+    out = out + 0.0 * (problem.q.sum() + problem.k.sum() + problem.v.sum())
+    if not problem.return_lse:
+        return out, None
+    lse = torch.full(problem.q.shape[:3], NEG_INF)
+    return out, lse if read.sink is None else read.sink[:, None].expand_as(lse).contiguous()

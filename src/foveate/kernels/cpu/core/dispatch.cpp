@@ -1,0 +1,97 @@
+// Chooses the instruction set at run time and spreads tasks over threads. Portable code only.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#include "foveate_cpu.h"
+
+#define FV_DECLARE(name)                                             \
+    namespace name {                                                 \
+    void run(int, const fv_job&, int64_t, int64_t, float*);          \
+    int64_t workspace_floats();                                      \
+    }
+FV_DECLARE(fv_portable)
+// The build defines FV_HAVE_<LEVEL> for each unit that it compiled.
+#if defined(FV_HAVE_AVX2)
+FV_DECLARE(fv_avx2)
+#endif
+#if defined(FV_HAVE_AVX512)
+FV_DECLARE(fv_avx512)
+#endif
+#if defined(FV_HAVE_AVX512BF16)
+FV_DECLARE(fv_avx512bf16)
+#endif
+
+namespace {
+
+using Run = void (*)(int, const fv_job&, int64_t, int64_t, float*);
+
+Run choose(int isa) {
+#if defined(FV_HAVE_AVX512BF16)
+    if (isa == FV_AVX512_BF16) return fv_avx512bf16::run;
+#endif
+#if defined(FV_HAVE_AVX512)
+    if (isa == FV_AVX512) return fv_avx512::run;
+#endif
+#if defined(FV_HAVE_AVX2)
+    if (isa == FV_AVX2) return fv_avx2::run;
+#endif
+    (void)isa;
+    return fv_portable::run;
+}
+
+int launch(int kind, const fv_job* job) {
+    if (job->abi != FV_ABI) return 1;
+    if (job->isa > fv_best_isa()) return 2;
+    const Run run = choose(job->isa);
+    const int64_t heads = kind == 2 ? job->kv_heads : job->heads;
+    const int64_t tasks = job->batch * heads * job->slices;
+    if (tasks == 0) return 0;
+    const int64_t floats = fv_portable::workspace_floats();
+    const int n_threads = static_cast<int>(std::min<int64_t>(job->threads > 0 ? job->threads : 1, tasks));
+    float* memory = static_cast<float*>(std::aligned_alloc(64, (floats * 4 * n_threads + 63) / 64 * 64));
+    if (!memory) return 3;
+    std::atomic<int64_t> next{0};
+    auto work = [&](int id) {
+        for (int64_t t; (t = next.fetch_add(1)) < tasks;) run(kind, *job, t, t + 1, memory + id * floats);
+    };
+    std::vector<std::thread> pool;
+    for (int id = 1; id < n_threads; ++id) {
+        try {
+            pool.emplace_back(work, id);
+        } catch (...) {
+            break;  // fewer threads than asked for: the others take the tasks
+        }
+    }
+    work(0);
+    for (auto& thread : pool) thread.join();
+    std::free(memory);
+    return 0;
+}
+
+}  // namespace
+
+int fv_best_isa(void) {
+#if defined(FV_HAVE_AVX512) || defined(FV_HAVE_AVX2)
+    __builtin_cpu_init();
+#endif
+#if defined(FV_HAVE_AVX512)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+#if defined(FV_HAVE_AVX512BF16)
+        if (__builtin_cpu_supports("avx512bf16")) return FV_AVX512_BF16;
+#endif
+        return FV_AVX512;
+    }
+#endif
+#if defined(FV_HAVE_AVX2)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return FV_AVX2;
+#endif
+    return FV_PORTABLE;
+}
+
+int fv_forward(const fv_job* job) { return launch(0, job); }
+int fv_backward_query(const fv_job* job) { return launch(1, job); }
+int fv_backward_key(const fv_job* job) { return launch(2, job); }

@@ -1,0 +1,77 @@
+// The C ABI of foveate's CPU core: gathered tile attention over a flattened Schedule, forward and backward.
+// Plain pointers and strides (in elements); no torch, no Python, no global state. The caller validates indices.
+#pragma once
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define FV_API __attribute__((visibility("default")))  // everything else stays inside the library
+#else
+#define FV_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { FV_ABI = 2 };
+enum { FV_F32 = 0, FV_BF16 = 1, FV_F16 = 2 };
+enum { FV_SOFTMAX = 0, FV_SIGMOID = 1 };
+enum { FV_PORTABLE = 0, FV_AVX2 = 1, FV_AVX512 = 2, FV_AVX512_BF16 = 3 };
+enum { FV_MAX_TERMS = 4 };
+
+// A (B, H, N, D) tensor; the last dimension is contiguous.
+typedef struct {
+    void* data;
+    int64_t stride_b, stride_h, stride_n;
+} fv_tensor;
+
+// Cells of one kind: `own` rows lie in lanes and belong to one cell only, `other` rows stream past them.
+// Set s (one, or one per batch and head) owns cells [set_ptr[s], set_ptr[s + 1]).
+typedef struct {
+    const int64_t* set_ptr;
+    int64_t set_stride_b, set_stride_h;
+    const int64_t* own_ptr;   // per cell: its slice of `own`
+    const int32_t* own;       // row ids, at most 64 a cell
+    const int64_t* run_ptr;   // per cell: its slice of `runs`
+    const int32_t* runs;      // pairs (first row, number of rows)
+    const int64_t* mask_ptr;  // per cell: byte offset into `masks`, or -1 where every pair counts
+    const uint8_t* masks;     // per `other` row: 8 bytes, bit i set where own row i attends
+} fv_cells;
+
+// bias[b, h, q, k] = table[b, h, clamp(q_code[q] + k_code[k] + base, 0, size - 1)]
+typedef struct {
+    const float* table;
+    float* grad;  // like table, with `grad_stride_slice` between the slices of one (b, h); NULL: not wanted
+    int64_t stride_b, stride_h, grad_stride_b, grad_stride_h, grad_stride_slice, size;
+    const int32_t* q_code;
+    const int32_t* k_code;
+    int64_t base;
+} fv_term;
+
+typedef struct {
+    int32_t abi, dtype, rule, isa, threads, n_terms;
+    int64_t batch, heads, kv_heads, n_q, n_k, dim, dim_v;
+    float scale, softcap, sigmoid_bias;  // softcap 0: none
+    fv_tensor q, k, v, out;
+    const float* row_factor;  // (B|1, H|1, n_q) or NULL; multiplies the logits first
+    int64_t row_factor_stride_b, row_factor_stride_h;
+    const float* sink;  // (H) logit of an absorbing key, or NULL
+    float* lse;         // (B, H, n_q), contiguous
+    fv_term terms[FV_MAX_TERMS];
+    fv_cells by_query, by_key;
+    // backward only
+    fv_tensor d_out, d_q, d_k, d_v;
+    float* delta;         // (B, H, n_q) contiguous: sum_j out * d_out, minus the gradient of lse
+    float* d_row_factor;  // (B, H, n_q) contiguous or NULL
+    int64_t slices;       // fixed slices of the cells of one (b, h): the unit of gradient accumulation
+    int64_t finish_delta; // 1: `delta` holds minus the gradient of lse, fv_backward_query adds sum_j out * d_out
+} fv_job;
+
+FV_API int fv_best_isa(void);
+FV_API int fv_forward(const fv_job* job);
+FV_API int fv_backward_query(const fv_job* job);  // d_q, gradients of the terms, d_row_factor
+FV_API int fv_backward_key(const fv_job* job);    // d_k, d_v
+
+#ifdef __cplusplus
+}
+#endif
