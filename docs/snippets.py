@@ -66,9 +66,16 @@ def run(page: str, name: str) -> Iterator[tuple[Block, Block | None, str]]:
         yield block, shown_output(page, found, index), printed.getvalue()
 
 
+def portable(output: str) -> str:
+    """Return an output with what depends on the machine replaced: the C++ core's vector level and threads."""
+    return re.sub(
+        r"cpu \((?:AVX|portable|baseline)[^,)]*, \d+ threads?\)", "cpu (AVX-512, 2 threads)", output
+    )
+
+
 def refreshed(page: str, name: str) -> str:
     """Return the page with every shown output replaced by what its snippet prints now."""
     for _, shown, printed in reversed(list(run(page, name))):
         if shown is not None:
-            page = page[: shown.start] + printed.rstrip("\n") + "\n" + page[shown.stop :]
+            page = page[: shown.start] + portable(printed).rstrip("\n") + "\n" + page[shown.stop :]
     return page

@@ -7,6 +7,7 @@ from foveate.cli import compare as compare_command
 from foveate.cli import doctor as doctor_command
 from foveate.cli.app import app
 from foveate.core.registry import list_systems
+from foveate.kernels.cpu.library import absent
 
 
 def run(*arguments, code=0):
@@ -98,7 +99,8 @@ def test_doctor_tells_what_is_here_and_what_is_not(monkeypatch):
         assert word in output
     assert "pip install 'foveate[timm]'" in output
     assert "foveate[compare]" not in output
-    assert "no  cpu" in output
+    assert ("no  cpu" if absent() else "yes cpu") in output
+    assert "no  triton" in output
 
 
 def test_extras_are_read_from_the_packages_own_metadata():

@@ -22,8 +22,8 @@ from foveate.core.errors import UnsupportedError, unknown
 from foveate.core.lazy import cached_property
 from foveate.core.tracing import fixed
 from foveate.kernels import reference, sdpa, tiles
-from foveate.kernels.cpu import backend as cpu
 from foveate.kernels.constants import lowered, lowered_tile, static_counts
+from foveate.kernels.cpu import backend as cpu
 from foveate.kernels.flops import attention_backward_flops, attention_flops
 from foveate.kernels.problem import Problem
 from foveate.patterns.schedule import Schedule
@@ -223,7 +223,8 @@ def plan(problem: Problem, backend: str = "auto", *, tile: tuple[int, ...] | Non
         backend=chosen, reasons=reasons, tile=tile, where=problem.where, batch=problem.batch,
         heads=problem.heads, kv_heads=problem.kv_heads, n_q=problem.n_q, n_k=problem.n_k,
         n_real=problem.n_k if problem.frame is None else problem.frame.base.numel,
-        d=problem.d, d_v=problem.d_v, itemsize=problem.dtype.itemsize, predicted_ms=predicted, cells=schedule, detail=detail,
+        d=problem.d, d_v=problem.d_v, itemsize=problem.dtype.itemsize, predicted_ms=predicted, cells=schedule,
+        detail=detail,
     )  # fmt: skip
 
 
