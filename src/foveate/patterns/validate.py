@@ -89,7 +89,7 @@ def stands_once(groups: Sequence[CellGroup], n_q: int, leading: tuple[int, int])
             # Absent ids are counted in a spare place at the end.
             at = torch.where(flat < 0, n_q, flat)
             count.scatter_add_(2, at, torch.ones_like(at, dtype=torch.int32))
-    return count is None or int(count[..., :n_q].max() if n_q else 0) <= 1
+    return count is None or not bool((count[..., :n_q] > 1).any())
 
 
 def _keys_distinct(group: CellGroup) -> bool:
