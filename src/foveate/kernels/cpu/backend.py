@@ -31,7 +31,6 @@ from foveate.kernels.cpu.tiling import (
     tile_of,
 )
 from foveate.kernels.problem import Problem
-from foveate.patterns.basic import Full
 from foveate.patterns.schedule import Schedule
 from foveate.scores.rules import NEG_INF
 
@@ -47,8 +46,8 @@ def _absent() -> str | None:
 
 def refuse(problem: Problem) -> str | None:
     """Say why this backend cannot serve the problem, None if it can. Reads ids of routed cells, no other tensor."""
-    if problem.where is None or isinstance(problem.where, Full):
-        return "every pair is needed and no cell can be skipped"
+    if problem.where is None:
+        return "there is no `where`: every pair is needed and no cell can be skipped"
     if problem.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {problem.device.type!r}"
     missing = _absent()
