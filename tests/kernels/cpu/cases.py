@@ -145,7 +145,9 @@ def within(fast, rough, truth, factor, dtype):
         # A few roundings on top, for where the plain way happens to be exact and for the luck of small samples.
         eps = torch.finfo(dtype).eps * (1 + 16 / max(c.numel(), 1))
         for kind, few in ((root_mean_square, 1), (largest, 4)):
-            error, budget = kind(a - c), factor * kind(b - c) + few * eps * kind(c)
+            # Gradients of scores are sums in which terms of size one may cancel to nothing.
+            size = max(kind(c), 1.0) if index >= 3 else kind(c)
+            error, budget = kind(a - c), factor * kind(b - c) + few * eps * size
             assert error <= budget, f"{index}: {kind.__name__} error {error:.2e}, budget {budget:.2e}"
 
 
