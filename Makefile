@@ -47,7 +47,7 @@ bench: $(VENV)/.bench  ## speed ratios of the kernels, side by side in one run
 	$(BIN)/python -m benchmarks
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist site $(OUT) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site $(OUT) .pytest_cache .ruff_cache .hypothesis src/foveate/kernels/cpu/libfoveate_cpu.*
 
 $(VENV)/.base: $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "foveate needs Python 3.11 or newer; '$(PYTHON)' is not. Install one, or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }

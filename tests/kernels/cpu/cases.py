@@ -130,10 +130,10 @@ def check(case, backend="cpu"):
     within(fast, rough, truth, 2, case.dtype)
     sides = ((fast, low), (rough, rough_low), (truth, exact))
     got = [gradients(outs, [*held, *case.extra]) for outs, held in sides]
-    within(*got, 3, case.dtype)
+    within(*got, 3, case.dtype, case.tensors[0][..., 0].numel())
 
 
-def within(fast, rough, truth, factor, dtype):
+def within(fast, rough, truth, factor, dtype, queries=1):
     for index, (a, b, c) in enumerate(zip(fast, rough, truth, strict=True)):
         if c is None or a is None:
             assert (a is None or not a.any()) and (c is None or not c.any()), index
@@ -144,8 +144,10 @@ def within(fast, rough, truth, factor, dtype):
         a, b, c = (x.detach().double().masked_fill(empty, 0.0) for x in (a, b, c))
         # A few roundings on top, for where the plain way happens to be exact and for the luck of small samples.
         eps = torch.finfo(dtype).eps * (1 + 16 / max(c.numel(), 1))
-        for kind, few in ((root_mean_square, 1), (largest, 4)):
-            error, budget = kind(a - c), factor * kind(b - c) + few * eps * kind(c)
+        for kind, few in ((root_mean_square, 2), (largest, 8)):
+            # Gradients of scores are sums over queries in which terms of size one may cancel to nothing.
+            size = max(kind(c), queries**0.5) if index >= 3 else kind(c)
+            error, budget = kind(a - c), factor * kind(b - c) + few * eps * size
             assert error <= budget, f"{index}: {kind.__name__} error {error:.2e}, budget {budget:.2e}"
 
 

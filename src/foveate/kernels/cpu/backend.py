@@ -71,10 +71,12 @@ def tile(problem: Problem) -> tuple[int, ...] | None:
     """Return the queries of a cell per axis that cost least; None where cells are given."""
     if problem.where is None or problem.schedule is not None:
         return None
-    return static_tile(problem.where, fixed(problem.n_q), fixed(problem.n_k))
+    return _static_tile(problem.where, fixed(problem.n_q), fixed(problem.n_k))
 
 
-static_tile = constant_while_tracing(tile_of)
+@constant_while_tracing
+def _static_tile(where: Any, n_q: int, n_k: int) -> tuple[int, ...] | None:
+    return tile_of(where, n_q, n_k)
 
 
 def nanoseconds(problem: Problem, tile: tuple[int, ...] | None) -> float:
@@ -89,6 +91,7 @@ def nanoseconds(problem: Problem, tile: tuple[int, ...] | None) -> float:
     return CALL + problem.batch * problem.heads * one / 2
 
 
+@constant_while_tracing
 def describe() -> str:
     """Say how the core runs here: its instruction set and threads."""
     return f"{ISA_NAMES[isa()]}, {torch.get_num_threads()} threads"

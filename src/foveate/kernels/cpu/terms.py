@@ -112,7 +112,7 @@ def _refuse_bias(part: Score, problem: Problem, reach: Reach) -> str | None:
         frame = _frame(part, problem)
         if isinstance(frame, str):
             return frame
-        size = math.prod([hi - lo + 1 for lo, hi in _ranges(frame, reach)])  # a list: tracing takes no generator
+        size = math.prod([hi - lo + 1 for lo, hi in _ranges(frame, reach)])
         if size > MAX_TABLE or size * problem.heads > MAX_TABLE:
             return f"{name} would need a table of {size} offsets per head"
         return None
