@@ -32,7 +32,7 @@ def commands(program: str) -> list[str]:
         for block in blocks(text(path)):
             if block.language in SHELL:
                 lines = (line.removeprefix("$ ").split("  #")[0].strip() for line in block.text.splitlines())
-                found += [line for line in lines if line.split(" ")[0].endswith(program)]
+                found += [line for line in lines if line.split(" ")[0].split("/")[-1] == program]
     return list(dict.fromkeys(found))
 
 
