@@ -35,9 +35,7 @@ def attention_flops(pairs: int, d: int, d_v: int) -> int:
     return 2 * pairs * (d + d_v)
 
 
-def attention_backward_flops(
-    pairs: int, d: int, d_v: int, *, recompute: bool = True, passes: int = 1
-) -> int:
+def attention_backward_flops(pairs: int, d: int, d_v: int, *, recompute: bool = True, passes: int = 1) -> int:
     """Return the FLOPs of the backward.
 
     Args:

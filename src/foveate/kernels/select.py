@@ -275,7 +275,10 @@ def _price(name: str, problem: Problem, counts: _Counts | None, tile: tuple[int,
         mask = dense * DENSE_MASK_PAIR if problem.where is not None else 0.0
         return _total(REFERENCE, problem, times * dense, 0, 1) + mask
     if name == "cpu":
-        return cpu.nanoseconds(problem, tile)
+        pairs = cpu.pairs(problem, tile)
+        # Never priced below dense attention's rate on the same pairs. On some machines the core is twice as fast,
+        # on others not: what has no pair to skip stays with torch.
+        return max(cpu.nanoseconds(problem, tile), _total(SDPA, problem, times * pairs, 0, 1) + cpu.CALL)
     assert counts is not None
     price = TILES_FUSED if tiles.fusable(problem) is None else TILES_PLAIN
     rows = problem.batch * problem.kv_heads * counts.rows

@@ -75,7 +75,9 @@ def test_opcheck_without_gradients_in_another_layout(dtype):
 
 def test_opcheck_of_the_backward():
     call = call_of(False, **options_of("everything"))
-    call = call._replace(cells=call_of(True, where=WHERE).cells, spec=call_of(True, **options_of("everything")).spec)
+    call = call._replace(
+        cells=call_of(True, where=WHERE).cells, spec=call_of(True, **options_of("everything")).spec
+    )
     out, lse = attend_cells_op(*call)
     args = (torch.randn_like(out), torch.randn_like(lse), out, lse, *call, [1] * (4 + len(call.tables)))
     opcheck(attend_cells_backward_op, args, test_utils=CHECKS[:2])
@@ -187,7 +189,12 @@ def test_one_graph_forward_and_backward(name):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_other_shapes_and_auto():
     fn = torch.compile(lambda x, w: attend(x, x, x, where=w), backend="eager", fullgraph=True)
-    for b, where in ((1, WHERE), (2, WHERE), (3, Neighborhood(Grid(9, 9), 3)), (3, Neighborhood(Grid(40, 40), 5))):
+    for b, where in (
+        (1, WHERE),
+        (2, WHERE),
+        (3, Neighborhood(Grid(9, 9), 3)),
+        (3, Neighborhood(Grid(40, 40), 5)),
+    ):
         x = torch.randn(b, 2, where.lengths(None, None)[0], 8)
         torch.testing.assert_close(fn(x, where), attend(x, x, x, where=where))
 

@@ -162,9 +162,7 @@ def test_what_is_not_proved_linear(name):
     constant=st.integers(-9, 9),
 )
 def test_linear_forms(q, k, constant):
-    form = linear_form(
-        lambda x, y: q[0] * x[0] + x[1] * q[1] - (-k[0] * y[0]) - (y[1] * -k[1] - constant), 2
-    )
+    form = linear_form(lambda x, y: q[0] * x[0] + x[1] * q[1] - (-k[0] * y[0]) - (y[1] * -k[1] - constant), 2)
     assert (form.q, form.k, form.constant) == (q, k, constant)
     sizes = ((3, 4), (5, 2))
     values = [
