@@ -1,9 +1,9 @@
 """foveate: find the right attention for a workload, prove it on your machine, drop it into your model.
 
-    out = foveate.attend(q, k, v, where=foveate.Neighborhood((64, 64), 13))      # the algebra
-    print(foveate.explain(q, k, v, where=foveate.Neighborhood((64, 64), 13)))    # what it will cost, and why
-    layer = foveate.create("biformer", dim=64, heads=4)                          # a published system
-    foveate.compare(workloads=["shapes"]).to_html("report.html")                 # which one to use here
+out = foveate.attend(q, k, v, where=foveate.Neighborhood((64, 64), 13))      # the algebra
+print(foveate.explain(q, k, v, where=foveate.Neighborhood((64, 64), 13)))    # what it will cost, and why
+layer = foveate.create("biformer", dim=64, heads=4)                          # a published system
+foveate.compare(workloads=["shapes"]).to_html("report.html")                 # which one to use here
 """
 
 from typing import TYPE_CHECKING

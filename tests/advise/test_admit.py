@@ -1,6 +1,6 @@
 import torch
 
-from foveate.advise.admit import Site, admit
+from foveate.advise.admit import Examiner, Site, admit
 from foveate.core.grid import Grid
 from foveate.core.registry import get_system
 from foveate.measure.schema import validate
@@ -12,7 +12,7 @@ CAUSAL = Site(dim=8, heads=2, grid=Grid(32), causal=True)
 
 
 def row(key, site=SITE):
-    found = admit("shapes", TOYS[key], site, baseline=None)
+    found = admit("shapes", TOYS[key], site, examiner=Examiner())
     if found.row is not None:
         store = Store(None, fingerprint={}, settings={})
         store.put(found.row)
@@ -50,7 +50,7 @@ def test_a_system_without_for_workload_is_refused():
 
     from tests.advise.tiny import toy_facts
 
-    found = admit("shapes", toy_facts("bare", Bare, role="kernel"), SITE, baseline=None)
+    found = admit("shapes", toy_facts("bare", Bare, role="kernel"), SITE, examiner=Examiner())
     assert found.row["status"] == "refused"
     assert "for_workload" in found.row["reason"]
 
@@ -72,13 +72,26 @@ def test_an_exception_while_building_is_a_failure():
         def for_workload(cls, **_):
             raise ZeroDivisionError("oops")
 
-    found = admit("shapes", toy_facts("crash", Crashes), SITE, baseline=None)
+    found = admit("shapes", toy_facts("crash", Crashes), SITE, examiner=Examiner())
     assert found.row["status"] == "failed"
     assert "ZeroDivisionError: oops" in found.row["reason"]
 
 
 def test_full_attention_is_exact_to_itself():
     facts = get_system("full_attention")
-    found = admit("shapes", facts, SITE, baseline=facts)
+    found = admit("shapes", facts, SITE, examiner=Examiner(facts))
     assert found.row is None
     assert found.facts_row["exactness_error"] == 0.0
+
+
+def test_examinations_are_made_once_for_all_workloads(monkeypatch):
+    from foveate.advise import admit as module
+
+    calls = []
+    real = module.check_mechanism
+    monkeypatch.setattr(module, "check_mechanism", lambda *a, **k: calls.append(1) or real(*a, **k))
+    examiner = Examiner()
+    for workload, dim in (("image", 32), ("shapes", 128)):
+        site = Site(dim=dim, heads=2, grid=Grid(20, 20))
+        assert admit(workload, TOYS["toy_good"], site, examiner=examiner).row is None
+    assert len(calls) == 1

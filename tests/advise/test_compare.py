@@ -4,6 +4,7 @@ import time
 import pytest
 
 from foveate.advise import compare as compare_module
+from foveate.advise import shapes
 from foveate.advise.compare import compare
 from foveate.advise.settings import Shape
 from foveate.core.errors import FoveateError
@@ -11,6 +12,11 @@ from foveate.measure.schema import validate
 from tests.advise.tiny import Tiny
 
 TINY = Shape(grid=(40, 40), heads=2, head_dim=4)
+
+
+@pytest.fixture(autouse=True)
+def few_repeats(monkeypatch):
+    monkeypatch.setattr(shapes, "MAX_REPEATS", 3)
 
 
 @pytest.fixture

@@ -61,8 +61,8 @@ def test_fields_shrink_to_the_finalists(n, finalists):
 
 def test_shares_leave_time_for_the_finalists_seeds():
     assert shares([3], 3) == [1.0]
-    # 12 + 6 * 0.6 + (3 * 0.4 + 2 * 3 * 2): the last rung takes whatever is left.
-    assert shares([12, 6, 3], 3) == pytest.approx([12 / 28.8, 3.6 / 16.8, 1.0])
+    # 12 + 6 * 0.25 + (3 * 0.25 + 2 * 3 * 1.5): the last rung takes whatever is left.
+    assert shares([12, 6, 3], 3) == pytest.approx([12 / 23.25, 1.5 / 11.25, 1.0])
 
 
 def test_a_race_keeps_equal_steps_and_records_refusals_and_failures():
@@ -160,6 +160,12 @@ def test_a_stored_state_continues_exactly(tmp_path):
 def test_the_budget_holds():
     result = run(["dense", "mean", "nothing"], budget_s=9.0, seeds=3)
     assert 7.0 < result.spent_s < 9.2
+
+
+def test_the_least_budget_still_scores_everybody_once():
+    result = run(["dense", "mean", "nothing"], budget_s=0.01, seeds=1)
+    assert result.complete
+    assert {r.steps for r in result.mechanisms.values()} == {2 + race_module.CALIBRATION}
 
 
 @pytest.mark.parametrize(

@@ -106,3 +106,12 @@ def test_code_for_causal_sequences_runs():
     names = {}
     exec(code_to_paste("full_attention", {"grid": [64], "dim": 32, "heads": 2, "causal": True}), names)
     assert names["y"].shape == (1, 64, 32)
+
+
+def test_a_size_that_was_not_reached_is_said():
+    document = sample_document()
+    document["workloads"]["shapes"]["measured_grid"] = [40, 40]
+    for found in recommend(document):
+        assert "The time budget ended at 40×40; 64×64 itself was not timed." in found["caveats"]
+        assert any("at 40×40" in reason for reason in found["reasons"])
+    assert not any("itself was not timed" in c for r in recommend(sample_document()) for c in r["caveats"])

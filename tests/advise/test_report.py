@@ -10,7 +10,7 @@ from foveate.advise.table import plain_table
 from foveate.measure.store import Store
 from tests.advise.documents import MECHANISMS, sample_document
 
-VOID = {"meta", "link", "br", "img", "input", "circle", "line", "rect", "path", "hr"}
+VOID = {"meta", "wbr", "link", "br", "img", "input", "circle", "line", "rect", "path", "hr"}
 
 
 class Checker(HTMLParser):

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) and torch.export of attend with static patterns: no graph break on any backend."""
+"""torch.compile(fullgraph=True) and torch.export of attend with static patterns: no graph breaks."""
 
 import pytest
 import torch

@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from foveate.kernels.attend import attend
 from foveate.kernels.flops import (
     FlopCounter,
     attention_backward_flops,
@@ -12,6 +13,11 @@ from foveate.kernels.flops import (
     count_flops,
     formulas,
 )
+from foveate.kernels.problem import Problem
+from foveate.kernels.select import plan
+from foveate.patterns.grids import Neighborhood
+from foveate.patterns.selection import Selection
+from foveate.scores.rules import Sigmoid, Softmax
 
 
 def _plain(q, k, v):
@@ -48,6 +54,22 @@ def test_a_mask_does_not_change_the_count():
     q = torch.randn(1, 2, 6, 8)
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
     assert count_flops(scaled_dot_product_attention, q, q, q, attn_mask=mask) == attention_flops(72, 8, 8)
+
+
+@pytest.mark.parametrize("weigh", [Softmax(), Sigmoid()], ids=repr)
+@pytest.mark.parametrize("routed", [False, True])
+def test_tiles_count_what_explain_says(weigh, routed):
+    where = Neighborhood((9, 10), 5)
+    if routed:
+        ids = torch.randperm(90).view(1, 1, 6, 15).expand(2, 4, -1, -1)
+        where = Selection(ids, ids[..., :7], n_q=90, n_k=90)
+    q, k, v = (torch.randn(2, 4, 90, 8, requires_grad=True) for _ in range(3))
+    told = plan(Problem.of(q, k, v, where=where, weigh=weigh), "tiles")
+    with FlopCounter() as counter:
+        out = attend(q, k, v, where=where, weigh=weigh, backend="tiles")
+    assert counter.get_total_flops() == told.flops
+    kept = 0 if weigh.has_lse else told.flops // 2  # plain autograd keeps the weights
+    assert count_flops(out.sum().backward) == told.flops_backward - kept
 
 
 def test_torch_misses_it_and_stays_unpatched():

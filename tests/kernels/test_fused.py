@@ -1,12 +1,12 @@
-"""The operators `foveate::tiles`, `take_cells`, `fold_cells`, and the private torch operators they stand on."""
+"""The operators `foveate::tiles`, `take_cells`, `fold_cells`, and torch's private ones they stand on."""
 
 import pytest
 import torch
 from torch.library import opcheck
 
 from foveate.core.grid import Grid
-from foveate.kernels.cells import Program, program
 from foveate.kernels.fused import tiles
+from foveate.kernels.program import Program, program
 from foveate.kernels.transfer import KEYS, QUERIES, fold_cells, take_cells
 from foveate.patterns.grids import Neighborhood
 from foveate.patterns.lower import lower
@@ -23,9 +23,10 @@ def test_schema_of_the_private_operators():
         "-> (Tensor output, Tensor logsumexp)"
     )
     assert str(backward.default._schema) == (
-        "aten::_scaled_dot_product_flash_attention_for_cpu_backward(Tensor grad_out, Tensor query, Tensor key, "
-        "Tensor value, Tensor out, Tensor logsumexp, float dropout_p, bool is_causal, *, Tensor? attn_mask=None, "
-        "float? scale=None) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward(Tensor grad_out, Tensor query, "
+        "Tensor key, Tensor value, Tensor out, Tensor logsumexp, float dropout_p, bool is_causal, *, "
+        "Tensor? attn_mask=None, float? scale=None) "
+        "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
     )
 
 

@@ -30,3 +30,18 @@ def test_neighbours_resemble_each_other():
     far = (x[16:] - x[:-16]).square().mean()
     assert torch.isfinite(x).all()
     assert near < 0.7 * far
+
+
+def test_what_a_mechanism_adds_is_set_to_zero_and_likeness_decides():
+    class Added(ToyAttention):
+        def __init__(self, dim, **options):
+            super().__init__(dim, **options)
+            self.shift = nn.Parameter(torch.full((dim,), 7.0))
+
+        def forward(self, x, grid):
+            return super().forward(x, grid) + self.shift
+
+    full = toy(grid=Grid(20))
+    assert error_against_full(toy(Added, grid=Grid(20)), full) < 1e-6
+    query, key, _ = full.module.qkv.weight.chunk(3)
+    assert torch.equal(query, key)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from foveate.tasks import train as train_module
 from foveate.tasks.train import DivergedError, Trainer
 from foveate.tasks.workload import generator_for
 from tests.tasks.stand_ins import Toy, build
@@ -53,8 +54,9 @@ def test_a_stored_trainer_goes_on_exactly(tmp_path):
     assert one.evaluate() == two.evaluate()
 
 
-def test_the_average_is_polyaks_at_first_and_forgets_later():
-    trainer = make(average=3)
+def test_the_average_is_plain_at_first_and_forgets_later(monkeypatch):
+    monkeypatch.setattr(train_module, "SHORTEST_MEMORY", 3)
+    trainer = make(average=0.1)
     seen = []
     for _ in range(3):
         trainer.advance(1)

@@ -9,20 +9,18 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from foveate.advise.admit import Admission, Site, admit, one_line
+from foveate.advise.admit import Admission, Examiner, Site, admit, one_line
 from foveate.advise.events import Event, Listener, nobody
 from foveate.advise.recommend import recommend
 from foveate.advise.settings import BASELINE, DEFAULT_WORKLOADS, Settings, Shape
 from foveate.core.grid import Grid
 from foveate.measure.fingerprint import fingerprint
 from foveate.measure.store import FILE_NAME, Store, StoreError
+from foveate.measure.threads import threads as thread_count
 from foveate.tasks.workload import make_workload
 
 # Share of the whole budget that `shapes` gets beside other workloads; alone it gets all.
@@ -132,7 +130,7 @@ def compare(
         seed=seed,
     )
     folder = None if out is None else Path(out)
-    with _threads(threads):
+    with thread_count(threads):
         store = _open_store(folder, settings, resume)
         run = _Run(settings, store, folder, listener, resume)
         try:
@@ -144,18 +142,6 @@ def compare(
         store.document["recommendations"] = recommend(store.document)
         store.update(status=status)
     return Comparison(store.document, folder)
-
-
-@contextmanager
-def _threads(count: int | None):
-    """Set torch's thread count for a while."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _open_store(folder: Path | None, settings: Settings, resume: bool) -> Store:
@@ -188,7 +174,8 @@ class _Run:
         self.settings, self.store, self.folder, self.resume = settings, store, folder, resume
         self.emit = listener
         self.systems = settings.systems()
-        self.baseline = next((f for f in self.systems if f.key == BASELINE), None)
+        baseline = next((f for f in self.systems if f.key == BASELINE), None)
+        self.examiner = Examiner(baseline, settings.seed)
         self.begin = time.perf_counter()
 
     def left(self) -> float:
@@ -223,7 +210,7 @@ class _Run:
         for i, facts in enumerate(self.systems):
             share = 0.03 * i / len(self.systems)
             self.emit(Event("progress", workload, share, f"checking {facts.key}"))
-            found = admit(workload, facts, site, baseline=self.baseline, seed=self.settings.seed)
+            found = admit(workload, facts, site, examiner=self.examiner)
             if found.row is not None:
                 self.put(found.row)
             else:
@@ -264,7 +251,8 @@ class _Run:
             site,
             ladder,
             batch=shape.batch,
-            budget_s=budget_s - (time.perf_counter() - begin),
+            # Checks serve the races as well: a slow machine must not pay for them with its sizes.
+            budget_s=max(budget_s - (time.perf_counter() - begin), 0.6 * budget_s),
             put=self.put,
             emit=self.emit,
             seed=self.settings.seed,

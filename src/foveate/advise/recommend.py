@@ -24,6 +24,17 @@ def _listed(keys: list[str]) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
+def _size(site: Mapping[str, Any]) -> str:
+    return grid_words(site.get("measured_grid") or site.get("grid", ()))
+
+
+def _unreached(site: Mapping[str, Any]) -> list[str]:
+    """That the user's own size was not reached, if so."""
+    if not site.get("measured_grid") or site["measured_grid"] == site.get("grid"):
+        return []
+    return [f"The time budget ended at {_size(site)}; {grid_words(site['grid'])} itself was not timed."]
+
+
 def _times(ratio: float) -> str:
     return f"{number(ratio, 2)}x faster than" if ratio >= 1 else f"{number(1 / ratio, 2)}x slower than"
 
@@ -82,9 +93,13 @@ def recommend(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     for workload, rows in by_workload.items():
         site = document["workloads"].get(workload, {})
         other = {r["mechanism"]: r for r in by_workload.get("shapes", []) if r.get("step_ms") is not None}
-        one = _learned(workload, rows, site, other) if workload in LEARNING else _timed(workload, rows, site)
+        sized = document["workloads"].get("shapes", {})
+        if workload in LEARNING:
+            one = _learned(workload, rows, site, other, sized)
+        else:
+            one = _timed(workload, rows, site)
         if one is not None:
-            target = document["workloads"].get("shapes", {}) if workload in LEARNING and other else site
+            target = sized if workload in LEARNING and other else site
             if workload in LEARNING and (one["mechanism"] not in other or not target.get("grid")):
                 target = site
             one["code"] = code_to_paste(one["mechanism"], target) if target.get("grid") else ""
@@ -132,13 +147,15 @@ def _exact_reason(row: Row) -> list[str]:
     error = row.get("exactness_error")
     if row["mechanism"] == BASELINE or error is None:
         return []
-    return [
-        f"With full attention's weights its output is {100 * error:.0f} % away from full attention's (relative L2)."
-    ]
+    return [f"With equal weights its output is {100 * error:.0f} % away from full attention's (relative L2)."]
 
 
 def _learned(
-    workload: str, rows: list[Row], site: Mapping[str, Any], other: Mapping[str, Row]
+    workload: str,
+    rows: list[Row],
+    site: Mapping[str, Any],
+    other: Mapping[str, Row],
+    sized: Mapping[str, Any],
 ) -> dict[str, Any] | None:
     eligible = [r for r in _eligible(rows) if r.get("quality") is not None]
     resolved = [r for r in eligible if r.get("resolved")]
@@ -173,13 +190,14 @@ def _learned(
     elif rest:
         reasons.append("It beats every other mechanism by more than the noise.")
     if shared:
-        reasons += _speed_reason(name, shared, "at your sizes")
+        reasons += _speed_reason(name, shared, f"at {_size(sized)}")
     else:
         reasons += _speed_reason(name, {r["mechanism"]: r for r in rows}, f"{where}, whole network")
     reasons += _exact_reason(other.get(name, best))
-    caveats = []
+    caveats = _unreached(sized) if shared else []
     if (best.get("seeds") or 0) < 3:
-        caveats.append(f"Its quality is from {best.get('seeds') or 0} seed(s) only.")
+        count = best.get("seeds") or 0
+        caveats.append(f"Its quality is from {count} {'seed' if count == 1 else 'seeds'} only.")
     lost = [r["mechanism"] for r in eligible if not r.get("resolved")]
     if lost:
         caveats.append(f"Not resolved in this budget: {_listed(lost)}.")
@@ -213,11 +231,10 @@ def _why_quality(row: Row, best: Row, other: Mapping[str, Row], place: int) -> s
     if place == 0:
         return said
     lead = _cost(best, other)
-    return (
-        f"{said}: as good within the noise, {number(cost / lead, 2)}x the time"
-        if cost < float("inf")
-        else said
-    )
+    if not cost < float("inf"):
+        return said
+    longer = f"{number(cost / lead, 2)}x the time" if cost > 1.05 * lead else "the same time"
+    return f"{said}: as good within the noise, {longer}"
 
 
 def _headline(name: str, praise: str) -> str:
@@ -240,7 +257,7 @@ def _timed(workload: str, rows: list[Row], site: Mapping[str, Any]) -> dict[str,
     best = min(level, key=lambda r: (r.get("memory_bytes") or float("inf"), r["step_ms"]))
     ranked = [best, *(r for r in ranked if r is not best)]
     name = best["mechanism"]
-    where = f"at {grid_words(site.get('measured_grid') or site.get('grid', ()))}"
+    where = f"at {_size(site)}"
     reasons = _speed_reason(name, by_key, where)
     if len(level) > 1:
         names = [r["mechanism"] for r in level if r is not best]
@@ -256,7 +273,7 @@ def _timed(workload: str, rows: list[Row], site: Mapping[str, Any]) -> dict[str,
                 f"Of those faster than full attention, `{close['mechanism']}` stays closest to its output "
                 f"({100 * close['exactness_error']:.0f} % away)."
             )
-    caveats = []
+    caveats = _unreached(site)
     if workload == "shapes":
         caveats.append(
             "Speed alone does not say what a mechanism can learn; image, restore, text and recall do."

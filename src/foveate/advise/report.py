@@ -33,6 +33,8 @@ _COLUMNS = (
     ("equal time", "quality_at_equal_time", number),
     ("steps", "steps", None),
 )
+# In a network these say more about the rest of it; `shapes` has them.
+_HIDDEN_WITH_QUALITY = ("speedup_bound", "exactness_error", "flops")
 
 
 def _cell(row: Row, field: str, word) -> dict[str, Any]:
@@ -52,7 +54,9 @@ def _cell(row: Row, field: str, word) -> dict[str, Any]:
 
 def _table(rows: list[Row], best: str | None) -> dict[str, Any]:
     """Columns that hold something, and the cells of every row."""
-    columns = [c for c in _COLUMNS if any(r.get(c[1]) is not None for r in rows)]
+    learns = any(r.get("quality") is not None for r in rows)
+    hidden = _HIDDEN_WITH_QUALITY if learns else ()
+    columns = [c for c in _COLUMNS if c[1] not in hidden and any(r.get(c[1]) is not None for r in rows)]
     ordered = sorted(rows, key=lambda r: (r["mechanism"] != best, *order(r)))
     body = [
         {
@@ -71,7 +75,7 @@ def _table(rows: list[Row], best: str | None) -> dict[str, Any]:
 
 
 def _figures(
-    rows: list[Row], info: Mapping[str, Any], best: str | None, learns: bool
+    rows: list[Row], info: Mapping[str, Any], best: str | None, *, learns: bool, sized: bool
 ) -> list[dict[str, str]]:
     """Pictures of one workload, each with a heading and a caption."""
     found = []
@@ -107,7 +111,8 @@ def _figures(
         )
         if any(p.get("memory_bytes") for r in timed for p in r["points"]):
             found[-1]["other"] = plots.scaling(timed, measure="memory", best=best)
-    if any(r.get("speedup_forward") and r.get("speedup_bound") for r in rows):
+    bounded = any(r.get("speedup_forward") and r.get("speedup_bound") for r in rows)
+    if bounded and not (learns and sized):  # `shapes` shows the mechanism without a network around it
         add(
             "Measured beside possible",
             "How much faster than full attention its forward pass is, and how much its FLOPs would allow.",
@@ -120,7 +125,7 @@ def _figures(
             plots.bars(rows, field="memory_bytes", best=best, label="peak memory"),
         )
     if found and len([f for f in found if not f["wide"]]) % 2:
-        found[-1]["wide"] = "wide"
+        found[-1]["wide"] = "wide solo"
     return found
 
 
@@ -129,6 +134,7 @@ def _section(document: Mapping[str, Any], workload: str, best: str | None) -> di
     rows = [r for r in every if r["status"] == "measured"]
     info = document["workloads"].get(workload, {})
     learns = workload in LEARNING
+    sized = any(r["workload"] == "shapes" and r["status"] == "measured" for r in document["rows"])
     slower: dict[str, list[str]] = {}
     for row in rows:
         for at in row.get("slower_than_dense") or []:
@@ -141,7 +147,7 @@ def _section(document: Mapping[str, Any], workload: str, best: str | None) -> di
         "key": workload,
         "title": info.get("title") or workload,
         "facts": [f for f in facts if f],
-        "figures": _figures(rows, info, best, learns) if rows else [],
+        "figures": _figures(rows, info, best, learns=learns, sized=sized) if rows else [],
         "table": _table(rows, best),
         "slower": slower,
         "others": [r for r in every if r["status"] != "measured"],
@@ -152,6 +158,11 @@ def _marked(text: str) -> str:
     """`code` marks and N^p as HTML, everything else escaped."""
     parts = re.sub(r"N\^(-?[\d.]*\d)", r"N<sup>\1</sup>", escape(text)).split("`")
     return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+
+
+def _breakable(key: str) -> str:
+    """A key that may go over to the next line at its underscores."""
+    return escape(key).replace("_", "_<wbr>")
 
 
 def _stats(document: Mapping[str, Any], choice: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -191,7 +202,7 @@ def render(document: Mapping[str, Any]) -> str:
         loader=PackageLoader("foveate.advise"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"words": words, "marked": _marked, "bytes": byte_words}
+    environment.filters |= {"breakable": _breakable, "words": words, "marked": _marked, "bytes": byte_words}
     choices = document["recommendations"]
     by_workload = {c["workload"]: c["mechanism"] for c in choices}
     names = list(dict.fromkeys(r["workload"] for r in document["rows"]))

@@ -189,7 +189,7 @@ def sweep(
         left = budget_s - spent
         # Between linear and quadratic: few mechanisms are dense, but those weigh most.
         owed = last * (grid.numel / ladder[i - 1].numel) ** 1.6 if i else 0.0
-        if owed > 1.3 * left:
+        if i and owed > 1.3 * left:
             sizes = ", ".join(grid_words(g) for g in ladder[i:])
             emit(Event("note", WORKLOAD, message=f"the time budget ended before {sizes}"))
             break

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from foveate.advise.settings import BASELINE
 from foveate.advise.svg import byte_words, grid_words, milliseconds, number
 
 Row = Mapping[str, Any]
+# Cells a terminal needs for every column.
+WIDE = 120
 
 
 def quality_words(row: Row) -> str:
@@ -40,57 +44,82 @@ def order(row: Row) -> tuple:
     )
 
 
-def rich_table(document: Mapping[str, Any], workload: str) -> Table:
+def rich_table(document: Mapping[str, Any], workload: str, *, width: int = 150) -> Table:
     """The rows of one workload as a rich table, best first; those without figures carry their reason.
 
     Args:
         document: the parsed results.json.
         workload: which rows.
+        width: cells of the terminal; below `WIDE`, only the columns that matter most are shown.
     """
     rows = sorted((r for r in document["rows"] if r["workload"] == workload), key=order)
     info = document["workloads"].get(workload, {})
     best = next((r["mechanism"] for r in document["recommendations"] if r["workload"] == workload), None)
     size = grid_words(info.get("measured_grid") or info.get("grid", ()))
-    table = Table(title=f"{workload}: {info.get('title', '')}  [{size}]", title_justify="left", expand=False)
+    title = f"[bold]{workload}[/]: {escape(str(info.get('title', '')))}  \\[{size}]"
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     learns = any(r.get("quality") is not None for r in rows)
+    columns = _columns(learns, str(info.get("metric") or "quality"), width >= WIDE)
     table.add_column("mechanism", no_wrap=True)
-    if learns:
-        table.add_column(str(info.get("metric") or "quality"), justify="right")
-        table.add_column("steps x seeds", justify="right")
-    for name in ("forward", "backward", "vs full", "bound", "memory"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("params" if learns else "growth", justify="right", no_wrap=True)
+    for name, _ in columns:
+        if learns and name == columns[0][0]:
+            # Room for a figure with its error; "not resolved in this budget" may take two lines.
+            table.add_column(name, justify="right", min_width=15)
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    without = []
     for row in rows:
-        mark = "bold green" if row["mechanism"] == best else "" if row["status"] == "measured" else "dim"
-        cells = [row["mechanism"]]
         if row["status"] != "measured":
-            reason = f"{row['status']}: {row['reason']}"
-            table.add_row(*cells, reason if len(reason) < 60 else reason[:57] + "...", style=mark)
+            without.append(row)
             continue
-        if learns:
-            cells += [quality_words(row), f"{row.get('steps') or 0} x {row.get('seeds') or 0}"]
-        speed = "" if row["mechanism"] == BASELINE else _or_blank(row.get("speedup"), lambda s: f"{s:.2f}x")
-        bound = (
-            "" if row["mechanism"] == BASELINE else _or_blank(row.get("speedup_bound"), lambda s: f"{s:.2f}x")
-        )
-        cells += [
-            _spread(row, "forward"),
-            _spread(row, "backward"),
-            speed,
-            bound,
-            _or_blank(row.get("memory_bytes"), byte_words),
-        ]
-        growth = _or_blank(row.get("exponent"), lambda p: f"N^{p:.2f}")
-        cells.append(f"{row['params']:,}" if learns and row.get("params") else growth)
-        table.add_row(*cells, style=mark)
+        style = "bold green" if row["mechanism"] == best else ""
+        table.add_row(row["mechanism"], *(cell(row) for _, cell in columns), style=style)
+    if without:
+        said = [f"{r['mechanism']} {r['status']}: {r['reason']}" for r in without]
+        table.caption = escape("\n".join(said))
+        table.caption_justify = "left"
     return table
 
 
-def _spread(row: Row, which: str) -> str:
+def _columns(learns: bool, metric: str, wide: bool) -> list[tuple[str, Callable[[Row], str]]]:
+    """Headings, and what writes their cells."""
+    found: list[tuple[str, Callable[[Row], str]]] = []
+    if learns:
+        found.append((metric, quality_words))
+        if wide:
+            found.append(("steps", lambda r: f"{r.get('steps') or 0} x {r.get('seeds') or 0}"))
+    if learns and not wide:
+        found.append(("step", lambda r: _or_blank(r.get("step_ms"), milliseconds)))
+    else:
+        found.append(("forward", lambda r: _time(r, "forward", wide)))
+        found.append(("backward", lambda r: _time(r, "backward", wide)))
+    found.append(("vs full", lambda r: _ratio(r, "speedup")))
+    if wide:
+        found.append(("bound", lambda r: _ratio(r, "speedup_bound")))
+    found.append(("memory", lambda r: _or_blank(r.get("memory_bytes"), byte_words)))
+    if not learns:
+        found.append(("growth", lambda r: _or_blank(r.get("exponent"), lambda p: f"N^{p:.2f}")))
+    elif wide:
+        found.append(("params", lambda r: _or_blank(r.get("params"), lambda n: f"{n:,}")))
+    return found
+
+
+def _ratio(row: Row, field: str) -> str:
+    return "" if row["mechanism"] == BASELINE else _or_blank(row.get(field), lambda s: f"{s:.2f}x")
+
+
+def _time(row: Row, which: str, wide: bool) -> str:
     value, spread = row.get(f"{which}_ms"), row.get(f"{which}_spread_ms")
     if value is None:
         return ""
-    return milliseconds(value) + (f" ±{number(spread / 2, 2)}" if spread else "")
+    return milliseconds(value) + (f" ±{number(spread / 2, 2)}" if spread and wide else "")
 
 
 def plain_table(document: Mapping[str, Any], workload: str | None = None, width: int = 150) -> str:
@@ -101,5 +130,5 @@ def plain_table(document: Mapping[str, Any], workload: str | None = None, width:
     console = Console(width=width, no_color=True, highlight=False, force_terminal=False)
     with console.capture() as captured:
         for name in names:
-            console.print(rich_table(document, name))
+            console.print(rich_table(document, name, width=width))
     return captured.get()

@@ -95,7 +95,7 @@ def _print(console: Console, found, report: Path) -> None:
 
     for name in dict.fromkeys(row["workload"] for row in found.rows):
         console.print()
-        console.print(rich_table(found.document, name))
+        console.print(rich_table(found.document, name, width=console.width))
     console.print()
     for name, error in found.errors.items():
         console.print(f"[red]{name} stopped:[/] {escape(error)}", soft_wrap=True)

@@ -44,12 +44,16 @@ def list_command(
     if not found:
         console.print("No system matches. `foveate list` without filters shows all.")
         raise typer.Exit(1)
+    names = ("key", "family", "causal", "fidelity", "year")
+    widths = {n: max(len(n), *(len(str(getattr(facts, n))) for facts in found)) for n in names}
+    # Keys are what users copy: only the title gives way on a narrow screen. A frame takes three cells.
+    room = max(12, console.width - sum(widths.values()) - 3 * (len(names) + 1) - 1)
     table = Table()
-    for name in ("key", "family", "causal", "fidelity", "year", "title"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis" if name == "title" else "fold")
+    for name in (*names, "title"):
+        table.add_column(name, no_wrap=True)
     for facts in found:
-        cells = (facts.key, facts.family, facts.causal, facts.fidelity, str(facts.year), facts.title)
-        table.add_row(*map(escape, cells))
+        title = facts.title if len(facts.title) <= room else f"{facts.title[: room - 1]}…"
+        table.add_row(*(escape(str(getattr(facts, n))) for n in names), escape(title))
     console.print(table)
     console.print(f"{len(found)} systems. `foveate show KEY` tells more about one.")
 

@@ -53,5 +53,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
 def need_extra(module: str, extra: str) -> MissingExtraError:
     """Return the error for a missing optional `module`, with the exact pip line that brings it."""
     return MissingExtraError(
-        f"this needs the Python module {module!r}, which is not installed. Run: pip install 'foveate[{extra}]'"
+        f"this needs the Python module {module!r}, which is not installed. "
+        f"Run: pip install 'foveate[{extra}]'"
     )

@@ -21,8 +21,9 @@ def constant_while_tracing(fn: F) -> F:
 def fixed(n: int) -> int:
     """Return `n`; while compiling, as a constant: a size that torch.compile took for variable is pinned.
 
-    Functions marked with `constant_while_tracing` take constants only, and the second shape or the second pattern
-    that a compiled function meets makes torch.compile think of numbers as variables. Another value compiles again.
+    Functions marked with `constant_while_tracing` take constants only, and the second shape or the second
+    pattern that a compiled function meets makes torch.compile think of numbers as variables. Another value
+    compiles again.
     """
     if not torch.compiler.is_compiling():
         return n

@@ -21,8 +21,8 @@ from foveate.scores.rules import Rule
 class Explanation:
     """The plan of one call in numbers. `str()` and rich's print show it as a table.
 
-    All counts are over batch and query heads. `mask` tensors and values of scores are not looked into; phantom keys
-    (border="zero") count as needed, since they take part in the softmax.
+    All counts are over batch and query heads. `mask` tensors and values of scores are not looked into;
+    phantom keys (border="zero") count as needed, since they take part in the softmax.
 
     Attributes:
         pairs_needed: (query, key) pairs that `where` lets through.

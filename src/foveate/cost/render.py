@@ -25,10 +25,12 @@ def bound(x: float) -> str:
 def rows(e: Explanation) -> list[tuple[str, str]]:
     """Return (label, text) for everything but the reasons."""
     cells = e.full_tiles + e.partial_tiles
+    sizes = f"{e.n_q} queries x {e.n_k} keys, d {e.d}/{e.d_v}"
+    both = f"{bound(e.speedup_bound)} forward, {bound(e.speedup_bound_backward)} forward+backward"
     tile = "" if e.tile is None else f", {'x'.join(map(str, e.tile))} queries each"
     return [
         ("where", e.where),
-        ("problem", f"batch {e.batch}, {e.heads} heads, {e.n_q} queries x {e.n_k} keys, d {e.d}/{e.d_v}, {e.dtype} on {e.device}"),
+        ("problem", f"batch {e.batch}, {e.heads} heads, {sizes}, {e.dtype} on {e.device}"),
         ("backend", f"{e.backend} ({e.detail})" if e.detail else e.backend),
         ("pairs needed", f"{amount(e.pairs_needed)} ({e.needed_share:.2%} of dense)"),
         ("pairs computed", f"{amount(e.pairs_computed)} ({e.computed_share:.2%} of dense)"),
@@ -36,11 +38,8 @@ def rows(e: Explanation) -> list[tuple[str, str]]:
         ("tiles", f"{e.full_tiles} full, {e.partial_tiles} partial{tile}" if cells else "none"),
         ("arithmetic", f"{amount(e.flops, 'FLOP')} forward, {amount(e.flops_backward, 'FLOP')} backward"),
         ("memory moved", f"{amount(e.bytes, 'B')} at least"),
-        (
-            "speed-up bound",
-            f"{bound(e.speedup_bound)} forward, {bound(e.speedup_bound_backward)} forward+backward, over dense",
-        ),
-    ]  # fmt: skip
+        ("speed-up bound", f"{both}, over dense"),
+    ]
 
 
 def as_text(e: Explanation) -> str:

@@ -1,11 +1,12 @@
 """Reading and writing box-shaped cells of a grid through strided views: no key list, little copying.
 
-The cells of a translation class start, along each axis, at arithmetic progressions. Tensor.unfold turns such a
-progression into a view, so gathering all cells of a class is one strided copy (20x faster on a CPU than looking
-rows up by index), and along the slowest axis overlapping cells need no copy at all: they are windows of one strip.
+The cells of a translation class start, along each axis, at arithmetic progressions. Tensor.unfold turns such
+a progression into a view, so gathering all cells of a class is one strided copy (20x faster on a CPU than
+looking rows up by index), and along the slowest axis overlapping cells need no copy at all: they are windows
+of one strip.
 
-Layout of gathered cells: `(c0, b, h, c1, t, d)`, c0 the cells along the slowest axis, c1 all the others, t the
-tokens of a cell. Backends merge `b, h, c1` for free.
+Layout of gathered cells: `(c0, b, h, c1, t, d)`, c0 the cells along the slowest axis, c1 all the others, t
+the tokens of a cell. Backends merge `b, h, c1` for free.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Run:
-    """Cells along one axis: `base + a * outer_step + b * inner_step + step * t`, a < outer, b < inner, t < count.
+    """Cells along one axis: `base + a * outer_step + b * inner_step + step * t`, a < outer, b < inner, t <
+    count.
 
     Two nested progressions, because the cells of a dilated pattern repeat in every residue class.
     """
@@ -182,7 +184,6 @@ class Box:
 
     def put(self, x: Shaped[Tensor, "b h n d"], cells: Shaped[Tensor, "c0 b h c1 t d"]) -> None:
         """Write cells that overlap nowhere to their tokens."""
-        b, h, _, d = x.shape
         view = _windows(self._grid(x), self.runs)
         view.copy_(cells.reshape(view.shape))
 
@@ -250,11 +251,9 @@ def pair_runs(
         shapes.setdefault((n, dq, dk), []).append((q, k))
     for (n, dq, dk), bases in shapes.items():
         for (q, k), m, (oq, ok) in _progressions(sorted(bases)):
-            if n == 1:  # single cells in a row are one inner progression
-                args = (1, 0, m, oq), (1, 0, m, ok)
-            else:
-                args = (m, oq, n, dq), (m, ok, n, dk)
-            out.append((Run(q, *args[0], q_step, q_count), Run(k, *args[1], k_step, k_count)))
+            # Single cells in a row are one inner progression.
+            q_cells, k_cells = ((1, 0, m, oq), (1, 0, m, ok)) if n == 1 else ((m, oq, n, dq), (m, ok, n, dk))
+            out.append((Run(q, *q_cells, q_step, q_count), Run(k, *k_cells, k_step, k_count)))
     return out
 
 

@@ -1,7 +1,7 @@
 """What torch.compile must not look into: everything derived from a static `where` alone.
 
-Lowering a pattern is Python over integers and depends on nothing but the pattern and two lengths. While tracing,
-`constant_while_tracing` runs it for real and takes the result as a constant of the graph, guarded by
+Lowering a pattern is Python over integers and depends on nothing but the pattern and two lengths. While
+tracing, `constant_while_tracing` runs it for real and takes the result as a constant of the graph, guarded by
 the identity of the pattern.
 """
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from foveate.core.tracing import constant_while_tracing
-from foveate.kernels.cells import CellView, program, views
+from foveate.kernels.cells import CellView
+from foveate.kernels.program import program, views
 from foveate.patterns.basic import BlockList
 from foveate.patterns.lower import default_tile, lower
 from foveate.patterns.schedule import Schedule
@@ -24,26 +25,31 @@ from foveate.patterns.schedule import Schedule
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# The tile model of `patterns/tiling.py`, priced for strips and fused calls: copying a key is cheap here, and a cell
-# is a task of the fused operator.
+# The tile model of `patterns/tiling.py`, priced for strips and fused calls: copying a key is cheap here, and
+# a cell is a task of the fused operator.
 KEY_COST, CELL_COST = 8.0, 2048.0
 # Dense masks kept for backend "sdpa": no more entries, and no larger ones, than this.
 _MASKS, _MASK_BYTES = 4, 64 << 20
 
 
 def is_traced(x: Tensor) -> bool:
-    """Whether `x` belongs to a torch.func transform (vmap, grad, jvp); False while compiling, where one cannot ask."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether `x` belongs to a torch.func transform (vmap, grad, jvp). Not asked while compiling: False."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def constant(fn: Callable[P, T]) -> Callable[P, T]:
-    """Mark a function of constants for torch.compile, and run it outside of fake and tracing modes (torch.export).
+    """Mark a function of constants for torch.compile, and run it outside of fake and tracing modes
+    (torch.export).
 
     Without the second, the caches would keep fake tensors of one trace and hand them to every later call.
     """
 
     @wraps(fn)
     def real(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not torch._C._len_torch_dispatch_stack():
+            return fn(*args, **kwargs)
         with _disable_current_modes():
             return fn(*args, **kwargs)
 
@@ -51,7 +57,7 @@ def constant(fn: Callable[P, T]) -> Callable[P, T]:
 
 
 def lowered(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None) -> Schedule:
-    """Return the cells of a static pattern, in the tiles that suit the backend `tiles` unless told otherwise."""
+    """Return the cells of a static pattern, in tiles that suit the backend `tiles` unless told otherwise."""
     return lower(where, n_q, n_k, lowered_tile(where, n_q, n_k) if tile is None else tile)
 
 

@@ -1,8 +1,9 @@
 """FLOP formulas of attention, and a counter that knows the operators torch's own counter misses.
 
-torch's `FlopCounterMode` reports 0 for the fused attention operator of CPUs. Its table is a process-wide
-registry; nothing here writes to it (importing foveate changes no other program's numbers). The formulas
-are handed to one counter at a time instead: `with FlopCounter() as count: ...; count.get_total_flops()`.
+torch's `FlopCounterMode` reports 0 for the fused attention operator of CPUs, and cannot know ours. Its table
+is a process-wide registry; nothing here writes to it (importing foveate changes no other program's numbers).
+The formulas are handed to one counter at a time instead: `with FlopCounter() as count: ...`, then
+`count.get_total_flops()`.
 
 One multiply-add counts as 2. A masked or causal call counts as dense, as torch's own formulas do for CUDA:
 these formulas count what an operator was asked to multiply, `explain` counts what a pattern needs.
@@ -16,6 +17,9 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+import foveate.kernels.fused  # noqa: F401  registers our operators
+from foveate.kernels.program import pairs_of
 
 # Matrix products over all computed pairs. The forward has two (q k^T and weights v). A backward that
 # recomputes the logits has five: logits, d weights, dv, dq, dk. One that kept the weights has four.
@@ -63,12 +67,29 @@ def _backward_formula(
     return attention_backward_flops(pairs, query[-1], value[-1])
 
 
+def _tiles_pairs(query: Sequence[int], tensors: Sequence[Sequence[int]], code: Sequence[int]) -> int:
+    """Return the pairs a call of `foveate::tiles` computes; the items follow one bias position each."""
+    return query[0] * query[1] * pairs_of(code[1 + code[0] :], tensors)
+
+
+def _tiles_formula(query, key, value, tensors, code, *_, **__) -> int:
+    """FLOPs of `foveate::tiles`."""
+    return attention_flops(_tiles_pairs(query, tensors, code), query[-1], value[-1])
+
+
+def _tiles_backward_formula(grad, grad_lse, query, key, value, out, lse, tensors, code, *_, **__) -> int:
+    """FLOPs of `foveate::tiles_backward`."""
+    return attention_backward_flops(_tiles_pairs(query, tensors, code), query[-1], value[-1])
+
+
 def formulas() -> dict[Any, Callable[..., int]]:
     """Return {operator: formula} for what torch's counter does not know, in its `custom_mapping` form."""
     aten = torch.ops.aten
     return {
         aten._scaled_dot_product_flash_attention_for_cpu: _forward_formula,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_formula,
+        torch.ops.foveate.tiles: _tiles_formula,
+        torch.ops.foveate.tiles_backward: _tiles_backward_formula,
     }
 
 

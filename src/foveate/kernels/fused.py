@@ -1,16 +1,15 @@
 """Softmax attention over the cells of a Program, as one differentiable operator: `foveate::tiles`.
 
-Forward: gather a block of cells, run the fused CPU attention operator of torch on it, write the result where it
-belongs. Backward: gather again, run that operator's backward, add key and value gradients up in a fixed order.
-Nothing per cell is kept in between, so memory stays near that of the inputs, outputs and gradients. As a
-torch.library operator it is one node for torch.compile and torch.export.
+Forward: gather a block of cells, run the fused CPU attention operator of torch on it, write the result where
+it belongs. Backward: gather again, run that operator's backward, add key and value gradients up in a fixed
+order. Nothing per cell is kept in between, so memory stays near that of the inputs, outputs and gradients. As
+a torch.library operator it is one node for torch.compile and torch.export.
 
 Every query must be in at most one cell. On other devices than CPUs the block is computed by matrix products.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -18,10 +17,11 @@ from torch import Tensor
 
 from foveate.core.dtypes import accumulation_dtype
 from foveate.core.errors import UnsupportedError
-from foveate.kernels.cells import Item, fold_heads, read_items, unfold_heads
+from foveate.kernels.cells import Item, fold_heads, unfold_heads
+from foveate.kernels.program import read_items
 
-# Bytes of keys and values gathered at a time. Measured on a 2-core server: blocks that leave the last-level cache
-# or that malloc hands back to the system (32 MiB) cost more in page faults than in arithmetic.
+# Bytes of keys and values gathered at a time. Measured on a 2-core server: blocks that leave the last-level
+# cache or that malloc hands back to the system (32 MiB) cost more in page faults than in arithmetic.
 BLOCK_BYTES = 12 << 20
 NEG_INF = float("-inf")
 
@@ -38,7 +38,7 @@ class _Block:
         # Cells that differ per head gather keys per query head: no sharing.
         self.share = 1 if item.per_head else groups
         self.h = slice(hkv.start * groups, hkv.stop * groups)
-        self.heads, self.shape = heads, ()
+        self.heads, self.shape = heads, (0, 0, 0)
 
     def queries(self, x: Tensor) -> Tensor:
         cells = self.item.take_q(x[self.b, self.h])
@@ -159,8 +159,8 @@ def tiles(
         lse_grad: whether the lse will be differentiated.
 
     Returns:
-        `out (b, h, n_q, d_v)` in the dtype of q and `lse (b, h, n_q)` in the accumulation dtype; queries in no
-        cell and rows without a key get 0 and -inf.
+        `out (b, h, n_q, d_v)` in the dtype of q and `lse (b, h, n_q)` in the accumulation dtype; queries in
+        no cell and rows without a key get 0 and -inf.
     """
     items, biases = _unpack(tensors, code)
     width = max(q.shape[3], v.shape[3])
@@ -204,8 +204,8 @@ def tiles_backward(
     width = max(q.shape[3], v.shape[3]) + extra
     wide_q, wide_k, wide_v, wide_grad, wide_out = (_pad(x, width) for x in (q, k, v, grad, out))
     if grad_lse is not None:
-        # The operator subtracts rowsum(grad * out) from d weights; the lse needs `- grad_lse` in there. A column
-        # that only grad and out have puts it in. Rows without a key keep 0.
+        # The operator subtracts rowsum(grad * out) from d weights; the lse needs `- grad_lse` in there. A
+        # column that only grad and out have puts it in. Rows without a key keep 0.
         wide_grad[..., -1] = 1.0
         wide_out[..., -1] = -grad_lse.masked_fill(lse == NEG_INF, 0.0).to(out.dtype)
     finite = lse.masked_fill(lse == NEG_INF, 0.0).unsqueeze(-1)
@@ -288,9 +288,3 @@ def _attend_backward(
     weights = torch.exp(logits - lse.unsqueeze(-1))
     inner = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * scale
     return inner @ k, inner.mT @ q, weights.mT @ grad
-
-
-def operator_flops(code: Sequence[int], tensors: Sequence[Tensor], batch: int, heads: int) -> int:
-    """Return the pairs a call of `tiles` computes, over batch and heads."""
-    items, _ = _unpack(tensors, code)
-    return batch * heads * sum(item.c0 * item.c1 * math.prod((item.tq, item.tk)) for item in items)

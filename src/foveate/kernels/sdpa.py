@@ -1,6 +1,7 @@
 """Backend `sdpa`: torch's scaled_dot_product_attention over all pairs, with a mask only where one is needed.
 
-For dense problems, and for sparse ones in which so many pairs are needed that skipping the rest gains nothing.
+For dense problems, and for sparse ones in which so many pairs are needed that skipping the rest gains
+nothing.
 """
 
 from __future__ import annotations

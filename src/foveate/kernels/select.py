@@ -2,7 +2,8 @@
 
 A pure decision: no tensor work, and bare shapes are enough. `attend` obeys it and `explain` prints it.
 
-The model that predicts times has four terms, with constants measured in fp32 on a 2-core x86 server. Only their
+The model that predicts times has four terms, with constants measured in fp32 on a 2-core x86 server. Only
+their
 ratios matter, and only where backends are close:
 
     time = pairs computed * (d + d_v) * per product  +  pairs computed * per pair
@@ -21,18 +22,19 @@ from foveate.core.errors import UnsupportedError, unknown
 from foveate.core.lazy import cached_property
 from foveate.core.tracing import fixed
 from foveate.kernels import reference, sdpa, tiles
-from foveate.kernels.cpu import backend as cpu
 from foveate.kernels.constants import lowered, lowered_tile, static_counts
+from foveate.kernels.cpu import backend as cpu
 from foveate.kernels.flops import attention_backward_flops, attention_flops
 from foveate.kernels.problem import Problem
 from foveate.patterns.schedule import Schedule
 
-# In the order in which equals are preferred. A backend is a module with NAME, refuse(problem), run(problem, plan);
-# adding one is adding it here and giving it a price in `_price`.
+# In the order in which equals are preferred. A backend is a module with NAME, refuse(problem), run(problem,
+# plan); adding one is adding it here and giving it a price in `_price`.
 BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (sdpa, cpu, tiles, reference)}
 
-# Products of all pairs that forward and backward do together; dense attention does 7 (two forward; logits again,
-# d weights, dv, dq and dk backward). A backend that visits pairs once for queries and once for keys does 9.
+# Products of all pairs that forward and backward do together; dense attention does 7 (two forward; logits
+# again, d weights, dv, dq and dk backward). A backend that visits pairs once for queries and once for keys
+# does 9.
 PRODUCTS: dict[str, int] = {"sdpa": 7, "cpu": 9, "tiles": 7, "reference": 6}
 _DENSE_PRODUCTS = 7
 
@@ -221,7 +223,8 @@ def plan(problem: Problem, backend: str = "auto", *, tile: tuple[int, ...] | Non
         backend=chosen, reasons=reasons, tile=tile, where=problem.where, batch=problem.batch,
         heads=problem.heads, kv_heads=problem.kv_heads, n_q=problem.n_q, n_k=problem.n_k,
         n_real=problem.n_k if problem.frame is None else problem.frame.base.numel,
-        d=problem.d, d_v=problem.d_v, itemsize=problem.dtype.itemsize, predicted_ms=predicted, cells=schedule, detail=detail,
+        d=problem.d, d_v=problem.d_v, itemsize=problem.dtype.itemsize, predicted_ms=predicted, cells=schedule,
+        detail=detail,
     )  # fmt: skip
 
 
@@ -275,10 +278,7 @@ def _price(name: str, problem: Problem, counts: _Counts | None, tile: tuple[int,
         mask = dense * DENSE_MASK_PAIR if problem.where is not None else 0.0
         return _total(REFERENCE, problem, times * dense, 0, 1) + mask
     if name == "cpu":
-        pairs = cpu.pairs(problem, tile)
-        # Never priced below dense attention's rate on the same pairs. On some machines the core is twice as fast,
-        # on others not: what has no pair to skip stays with torch.
-        return max(cpu.nanoseconds(problem, tile), _total(SDPA, problem, times * pairs, 0, 1) + cpu.CALL)
+        return cpu.nanoseconds(problem, tile)
     assert counts is not None
     price = TILES_FUSED if tiles.fusable(problem) is None else TILES_PLAIN
     rows = problem.batch * problem.kv_heads * counts.rows

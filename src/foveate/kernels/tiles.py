@@ -1,7 +1,8 @@
 """Backend `tiles`: executes any Schedule, cell by cell, in plain torch. Anywhere, any score, any rule.
 
-Two ways. *Fused*: softmax with additive scores runs through torch's fused attention operator (`fused.py`), with
-masks of one cell, and keeps nothing per cell for the backward. *Plain*: everything else forms the logits of the
+Two ways. *Fused*: softmax with additive scores runs through torch's fused attention operator (`fused.py`),
+with masks of one cell, and keeps nothing per cell for the backward. *Plain*: everything else forms the logits
+of the
 cells: products -> score -> rule -> after -> values, with ordinary autograd.
 """
 
@@ -16,10 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.tracing import fixed
-from foveate.kernels.cells import CellView, Item, Program, fold_heads, program, unfold_heads, views
+from foveate.kernels.cells import CellView, Item, fold_heads, unfold_heads
 from foveate.kernels.constants import is_traced, static_program, static_views
 from foveate.kernels.fused import tiles as fused_tiles
 from foveate.kernels.problem import Problem
+from foveate.kernels.program import Program, program, views
 from foveate.kernels.stages import score_stage, weigh_stage
 from foveate.kernels.transfer import KEYS, QUERIES, fold_cells, take_cells
 from foveate.scores.base import Additive, lift
@@ -39,16 +41,16 @@ def refuse(problem: Problem) -> str | None:
     """Say why this backend cannot serve the problem, None if it can."""
     if problem.where is None:
         return "there is no `where`: every pair is needed and no cell can be skipped"
-    if is_traced(problem.q):
+    if any(is_traced(x) for x in (problem.q, problem.k, problem.v)):
         return "its operators cannot run under torch.func transforms (vmap, grad, jvp)"
     schedule = problem.schedule
-    if schedule is None or not problem.one_rule or schedule.combine != "lse":
+    if schedule is None or not problem.one_rule:
         return None
     nonlinear = [type(part).__name__ for part in problem.after if not part.linear]
-    if problem.weigh.mergeable is None or (nonlinear and problem.weigh.mergeable == "lse"):
-        if not schedule.is_single_cell:
-            what = ", ".join(nonlinear) or type(problem.weigh).__name__
-            return f"queries stand in several cells, and {what} must see all keys of a query at once"
+    whole_rows = problem.weigh.mergeable is None or (nonlinear and problem.weigh.mergeable == "lse")
+    if whole_rows and not schedule.is_single_cell:
+        what = ", ".join(nonlinear) or type(problem.weigh).__name__
+        return f"queries stand in several cells, and {what} must see all keys of a query at once"
     return None
 
 
@@ -122,25 +124,26 @@ def _nothing(problem: Problem) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
-# ---- fused ------------------------------------------------------------------------------------------------------
+# ---- fused
+# ------------------------------------------------------------------------------------------------------
 
 
 def _row_factors(problem: Problem) -> tuple[list[Tensor], list]:
     """Split the scores into the row factors they start with, which can scale q instead, and the rest."""
     factors, rest = [], list(problem.score)
     while rest and type(rest[0]) is RowFactor:
-        factors.append(lift(rest.pop(0).t, 3))
+        factors.append(lift(rest.pop(0).tensors()["t"], 3))
     return factors, rest
 
 
-def _biases(problem: Problem, work: _Work) -> list[Tensor | None] | None:
+def _biases(problem: Problem, work: _Work) -> Sequence[Tensor | None] | None:
     """Return what is added to the logits of each item, `(b, h, c0, c1, tq, tk)` up to broadcasting.
 
     None when it would not fit in BIAS_BYTES.
     """
     _, rest = _row_factors(problem)
     if not rest and problem.mask is None:
-        return [None] * work.program.n_items
+        return [None for _ in range(work.program.n_items)]
     biases, total = [], 0
     with torch.no_grad():
         for view in work.views():
@@ -183,7 +186,8 @@ def _fused(problem: Problem, prog: Program, biases: Sequence[Tensor | None]) -> 
     return out, lse if problem.return_lse else None
 
 
-# ---- plain ------------------------------------------------------------------------------------------------------
+# ---- plain
+# ------------------------------------------------------------------------------------------------------
 
 
 class _Result(NamedTuple):

@@ -1,6 +1,8 @@
-"""Gathering and scattering of cells as differentiable operators: `foveate::take_cells`, `foveate::fold_cells`.
+"""Gathering and scattering of cells as differentiable operators: `foveate::take_cells`,
+`foveate::fold_cells`.
 
-Both are linear and each is the other's gradient, so they differentiate any number of times. `fold_cells` adds in
+Both are linear and each is the other's gradient, so they differentiate any number of times. `fold_cells` adds
+in
 a fixed order: equal inputs give equal bits.
 """
 
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.kernels.cells import read_items
+from foveate.kernels.program import read_items
 
 QUERIES, KEYS = 0, 1
 

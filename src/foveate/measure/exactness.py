@@ -2,10 +2,13 @@
 
 It means something when the mechanism has full attention's own projections: then both get the same weights
 and the same input, whatever the mechanism adds (bias tables, convolutions) is set to zero, and what differs
-is only who attends to whom and by which rule.
+is only who attends to whom and by which rule. Random weights attend to everything alike, which no trained
+network does; so keys are given the weights of queries, and tokens attend to what resembles them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -24,12 +27,21 @@ def smooth_tokens(grid: Grid, dim: int, *, batch: int = 1, seed: int = 0) -> Ten
     return (1.4 * torch.sin(where @ waves + phase) + 0.3 * noise).float()
 
 
+def _attend_to_likeness(parameters: Mapping[str, Tensor]) -> None:
+    """Set key weights equal to query weights, doubled, where they stand in one matrix (3C, C)."""
+    for name, weight in parameters.items():
+        if name.endswith("qkv.weight") and weight.shape[0] == 3 * weight.shape[1]:
+            query, key, _ = weight.chunk(3)
+            query.mul_(2.0)
+            key.copy_(query)
+
+
 def error_against_full(subject: Subject, full: Subject, *, seed: int = 0) -> float | None:
     """Relative L2 distance of the outputs, 0 for equal ones.
 
     Args:
         subject: the mechanism; its parameters are overwritten by those of `full`, the others by zero.
-        full: full attention of the same size.
+        full: full attention of the same size; its query and key weights are changed.
         seed: of the input.
 
     Returns:
@@ -45,6 +57,7 @@ def error_against_full(subject: Subject, full: Subject, *, seed: int = 0) -> flo
     subject.module.eval()
     full.module.eval()
     with torch.no_grad():
+        _attend_to_likeness(shared)
         for name, value in own.items():
             value.copy_(shared[name]) if name in shared else value.zero_()
         x = full.arrange(smooth_tokens(full.grid, full.dim, seed=seed).to(full.device))

@@ -1,6 +1,6 @@
 """The schema of results.json: one table of fields, from which validation and the documentation are made."""
 
-# ruff: noqa: E501 - a table of sentences reads better unbroken
+
 
 from __future__ import annotations
 

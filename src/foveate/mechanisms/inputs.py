@@ -1,12 +1,15 @@
 """The checks every mechanism makes on what it is given, so that all of them refuse alike."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 from foveate.core.dtypes import accumulation_dtype
 from foveate.core.errors import bad
 from foveate.core.grid import Grid
+
+T = TypeVar("T", int, bool)
 
 
 def check_heads(dim: int, heads: int) -> int:
@@ -21,6 +24,11 @@ def check_heads(dim: int, heads: int) -> int:
     if dim % heads:
         raise bad("dim", dim, f"a multiple of heads={heads}")
     return dim // heads
+
+
+def frozen(value: T | Sequence[T]) -> T | tuple[T, ...]:
+    """Return a per-axis option (integers or booleans) with its sequence, if it is one, as a tuple."""
+    return tuple(value) if isinstance(value, Sequence) else value
 
 
 def check_tokens(x: Tensor, grid: Grid | None, dim: int, dims: Iterable[int] = (1, 2, 3)) -> None:

@@ -41,9 +41,8 @@ class Selection:
         combine: how the cells a query stands in combine: "lse", "sum", or a combine rule of `schedule`.
 
     Raises:
-        ArgumentError: naming the argument whose shape or dtype is wrong. Ids are not read here (that would
-        wait
-            for the device): `schedule.validate()` does.
+        ArgumentError: naming the argument whose shape or dtype is wrong. Ids are not read here (that
+            would wait for the device): `schedule.validate()` does.
     """
 
     cells: tuple[Cells, ...]

@@ -83,13 +83,13 @@ def stands_once(groups: Sequence[CellGroup], n_q: int, leading: tuple[int, int])
         step = max(1, _CHUNK // max(b * h * group.tq, 1))
         for lo in range(0, group.n_cells, step):
             ids = group.q_ids(lo, lo + step)
-            flat = ids.expand(b, h, *ids.shape[2:]).reshape(b, h, -1)
+            flat = ids.expand(b, h, *ids.shape[2:]).flatten(2)
             if count is None:
                 count = torch.zeros(b, h, n_q + 1, dtype=torch.int32, device=ids.device)
             # Absent ids are counted in a spare place at the end.
             at = torch.where(flat < 0, n_q, flat)
             count.scatter_add_(2, at, torch.ones_like(at, dtype=torch.int32))
-    return count is None or int(count[..., :n_q].max() if n_q else 0) <= 1
+    return count is None or not bool((count[..., :n_q] > 1).any())
 
 
 def _keys_distinct(group: CellGroup) -> bool:

@@ -46,9 +46,9 @@ class RecallWorkload(Workload):
     def __init__(
         self,
         *,
-        length: int = 256,
-        pairs: int = 16,
-        keys: int = 32,
+        length: int = 128,
+        pairs: int = 8,
+        keys: int = 16,
         values: int = 16,
         test_size: int = 256,
         dim: int = 64,

@@ -107,6 +107,7 @@ class TextWorkload(Workload):
         )
         self.recipe = Recipe(batch_size=16, lr=5e-3)
         self._text: tuple[Tensor, Tensor, int] | None = None
+        self._counted: tuple[Tensor, Tensor] | None = None
 
     def options(self) -> dict[str, Any]:
         """Return the options that make this instance."""
@@ -171,20 +172,31 @@ class TextWorkload(Workload):
         bits = nats / math.log(2)
         return {"quality": bits.mean(1), "last quarter": bits[:, -self.length // 4 :].mean(1)}
 
-    def trivial(self) -> dict[str, float]:
-        """Bits per character of frequencies counted on the training text, alone and after one character.
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of characters, alone (ids,) and after one character (ids, ids).
 
         Add-one smoothing for single characters; pairs fall back on them with the weight of one sighting.
         """
-        train, _, used = self.ids()
-        single = torch.bincount(train, minlength=ROOM).double()
-        single[:used] += 1
-        single = single / single.sum()
-        pairs = torch.zeros(ROOM, ROOM, dtype=torch.double)
-        pairs.index_put_((train[:-1], train[1:]), torch.ones((), dtype=torch.double), accumulate=True)
-        pairs = (pairs + single) / (pairs.sum(1, keepdim=True) + 1.0)
-        floor = torch.finfo(torch.float32).tiny
+        if self._counted is None:
+            train, _, used = self.ids()
+            single = torch.bincount(train, minlength=ROOM).double()
+            single[:used] += 1
+            single = single / single.sum()
+            pairs = torch.zeros(ROOM, ROOM, dtype=torch.double)
+            pairs.index_put_((train[:-1], train[1:]), torch.ones((), dtype=torch.double), accumulate=True)
+            pairs = (pairs + single) / (pairs.sum(1, keepdim=True) + 1.0)
+            floor = torch.finfo(torch.float32).tiny
+            self._counted = single.clamp_min(floor).log(), pairs.clamp_min(floor).log()
+        return self._counted
+
+    def reference(self, batch: Batch) -> Float[Tensor, "b"]:
+        """Bits per character of the bigram table on every window."""
+        return self.scores(self._tables()[1][batch.inputs].float(), batch)["quality"]
+
+    def trivial(self) -> dict[str, float]:
+        """Bits per character of frequencies counted on the training text, alone and after one character."""
+        single, pairs = self._tables()
         return {
-            "unigram": self.evaluate(lambda x: single.clamp_min(floor).log().expand(*x.shape, ROOM)).quality,
-            "bigram": self.evaluate(lambda x: pairs.clamp_min(floor).log()[x]).quality,
+            "unigram": self.evaluate(lambda x: single.expand(*x.shape, ROOM)).quality,
+            "bigram": self.evaluate(lambda x: pairs[x]).quality,
         }

@@ -18,6 +18,9 @@ from foveate.core.errors import FoveateError
 from foveate.models.backbone import Backbone
 from foveate.tasks.workload import Evaluation, Workload
 
+# Steps that the running mean of the weights remembers at least.
+SHORTEST_MEMORY = 5
+
 
 class DivergedError(FoveateError, ArithmeticError):
     """The loss stopped being a finite number."""
@@ -107,8 +110,8 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimizer.step()
         self.step += 1
-        # Like Polyak's mean at first, an exponential one once `average` steps are behind.
-        share = 1.0 / min(self.step, recipe.average)
+        # The memory grows with the run: long, it would hold early progress back; short, keep late noise.
+        share = 1.0 / min(self.step, max(SHORTEST_MEMORY, recipe.average * self.step))
         kept = list(self.average.values())
         torch._foreach_lerp_(kept, [value.detach() for _, value in self._state()], share)
         return value

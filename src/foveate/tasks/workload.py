@@ -48,16 +48,16 @@ class Recipe:
         weight_decay: of matrices; vectors and position tables are not decayed.
         betas: AdamW's.
         clip: largest norm of the gradient.
-        average: longest memory, in steps, of the running mean of the weights that is evaluated.
+        average: memory of the running mean of the weights that is evaluated, as a share of the steps done.
     """
 
     batch_size: int = 32
     lr: float = 3e-3
-    warmup: int = 20
+    warmup: int = 10
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
-    average: int = 20
+    average: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Evaluation:
 
     Attributes:
         quality: mean of the headline metric over test examples.
-        quality_se: its standard error over test examples.
+        quality_se: its standard error over test examples, after what makes an example hard for everybody is
+            taken out (`Workload.reference`).
         parts: means of the questions that make up the headline, by name.
         n: number of test examples.
     """
@@ -126,6 +127,14 @@ class Workload(ABC):
     def trivial(self) -> dict[str, float]:
         """Compute the quality of trivial answers from the same data, by name (see `baselines`)."""
 
+    def reference(self, batch: Batch) -> Float[Tensor, "b"]:
+        """Return what a trivial answer scores on every example; zeros where that says nothing.
+
+        All networks and trivial answers are scored on the same examples, so that differences between examples
+        must not count as noise between networks: the standard error is that of the lead over this answer.
+        """
+        return torch.zeros(len(batch.inputs))
+
     @abstractmethod
     def options(self) -> dict[str, Any]:
         """Return the options that make this instance, as plain JSON values."""
@@ -136,13 +145,16 @@ class Workload(ABC):
         Inputs are handed over on the CPU; `predict` moves them and returns its output anywhere.
         """
         kept: dict[str, list[Tensor]] = {}
+        shared = []
         for batch in self.test_batches(size):
             output = predict(batch.inputs).float().cpu()
             for name, values in self.scores(output, batch).items():
                 kept.setdefault(name, []).append(values.double())
+            shared.append(self.reference(batch).double())
         scores = {name: torch.cat(values) for name, values in kept.items()}
         quality = scores.pop("quality")
-        se = quality.std().item() / math.sqrt(len(quality)) if len(quality) > 1 else math.nan
+        own = quality - torch.cat(shared)
+        se = own.std().item() / math.sqrt(len(own)) if len(own) > 1 else math.nan
         parts = {name: values.nanmean().item() for name, values in scores.items()}
         return Evaluation(quality.mean().item(), se, parts, len(quality))
 

@@ -154,8 +154,14 @@ COMPILED = {
     "table": {"where": WHERE, "score": RelativeTable(torch.randn(2, 5, 5, requires_grad=True), GRID)},
     "alibi": {"where": WHERE, "score": ALiBi(torch.rand(2))},
     "mask": {"where": WHERE, "mask": torch.rand(72) > 0.3},
-    "factor, bias, cap": {"where": WHERE, "score": RowFactor(torch.rand(2, 1)) + KeyBias(torch.randn(72)) + SoftCap(2.0)},
-    "gathered": {"where": WHERE, "score": Gathered(torch.randn(1, 2, 72, 15), lambda q, k: k[0] - q[0] + 7, grid=GRID)},
+    "factor, bias, cap": {
+        "where": WHERE,
+        "score": RowFactor(torch.rand(2, 1)) + KeyBias(torch.randn(72)) + SoftCap(2.0),
+    },
+    "gathered": {
+        "where": WHERE,
+        "score": Gathered(torch.randn(1, 2, 72, 15), lambda q, k: k[0] - q[0] + 7, grid=GRID),
+    },
     "phantoms": {"where": Halo((8, 9), 4, 1, border="zero")},
 }  # fmt: skip
 

@@ -115,7 +115,7 @@ GATHERED = {
     "both": (lambda q, k: (k[0] - q[0] + 6) * 17 + k[1] - q[1] + 8, 13 * 17),
     "key coordinate": (lambda q, k: k[1], 9),
     "constant": (lambda q, k: 2, 3),
-    "signs": (lambda q, k: -(-k[0]) + +k[1] * 2 - 0, 30),
+    "signs": (lambda q, k: -(3 - k[0]) + (+k[1]) * 2 + 3, 30),
 }
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from foveate.kernels.cpu.flatten import LANES
 from foveate.kernels.cpu.tiling import by_key, cost, lanes, lowered, packed, price, reach, single, tile_of

@@ -39,6 +39,7 @@ def call(**changed):
         ({"initial_state": torch.zeros(2, 4, 3, 5).long()}, r"^initial_state: expected a floating"),
         ({"initial_state": torch.zeros(2, 4, 3, 5), "causal": False}, r"^causal: expected True or"),
         ({"return_state": True, "causal": False}, r"^causal: expected True or"),
+        ({"causal": 1}, r"^causal: expected True, False or"),
         ({"causal": "left"}, r"^causal: expected True, False or"),
         ({"segments": torch.zeros(2, 6)}, r"^segments: expected signed integer ids"),
         ({"segments": torch.zeros(2, 5, dtype=torch.long)}, r"^segments: expected \(2, 6\)"),

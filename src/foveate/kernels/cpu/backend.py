@@ -6,7 +6,6 @@ gathered biases (`terms.py`); `op.py` makes it differentiable and one node for t
 
 from __future__ import annotations
 
-import math
 import warnings
 from functools import cache
 from typing import Any
@@ -28,7 +27,6 @@ from foveate.kernels.cpu.tiling import (
     single,
     static_cost,
     static_packed,
-    static_pairs,
     static_reach,
     tile_of,
 )
@@ -79,15 +77,6 @@ def tile(problem: Problem) -> tuple[int, ...] | None:
 @constant_while_tracing
 def _static_tile(where: Any, n_q: int, n_k: int) -> tuple[int, ...] | None:
     return tile_of(where, n_q, n_k)
-
-
-def pairs(problem: Problem, tile: tuple[int, ...] | None) -> int:
-    """Return the pairs computed per batch and head."""
-    schedule = problem.schedule
-    if schedule is None:
-        return static_pairs(problem.where, fixed(problem.n_q), fixed(problem.n_k), tile)
-    schedule = single(schedule)
-    return schedule.pairs_computed // max(1, math.prod(schedule.leading))
 
 
 def nanoseconds(problem: Problem, tile: tuple[int, ...] | None) -> float:

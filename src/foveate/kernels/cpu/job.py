@@ -200,7 +200,8 @@ def _key_pass(call: Call, job: Job) -> tuple[Tensor, Tensor]:
     flat, facts = call.by_key()
     dk, dv = empty_like(call.k, call.k.shape[3]), empty_like(call.v, call.v.shape[3])
     if not facts.covers:
-        dk.zero_(), dv.zero_()
+        dk.zero_()
+        dv.zero_()
     job.d_k, job.d_v, job.by_key = _tensor(dk), _tensor(dv), _cells(flat, facts)
     job.slices = _slices(facts.cells, call.k.shape[0] * call.k.shape[1], _TASKS)
     library().launch(BACKWARD_KEY, job)

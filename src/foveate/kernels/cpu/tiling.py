@@ -131,12 +131,6 @@ def cost(schedule: Schedule, width: int) -> float:
 
 
 @constant
-def static_pairs(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None) -> int:
-    """Return the pairs computed of a static pattern."""
-    return lowered(where, n_q, n_k, tile).pairs_computed
-
-
-@constant
 def static_cost(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None, width: int) -> float:
     """Return `cost` of a static pattern."""
     schedule = lowered(where, n_q, n_k, tile)

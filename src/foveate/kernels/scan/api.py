@@ -99,7 +99,7 @@ def scan(
         ArgumentError: naming the argument that cannot be right.
     """
     form, dtype = _form(backend, q, chunk), _out_dtype(q, k, v)
-    if causal not in (True, False, "reverse"):
+    if not isinstance(causal, bool) and causal != "reverse":
         raise bad("causal", causal, 'True, False or "reverse"')
     if causal is False and (initial_state is not None or return_state):
         raise bad(

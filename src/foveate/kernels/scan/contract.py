@@ -127,7 +127,7 @@ def prepare(
     if repeat > 1:
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
     return ScanProblem(
-        q=q.to(dtype) * scale,
+        q=q.to(dtype) if scale == 1.0 else q.to(dtype) * scale,
         k=k.to(dtype),
         v=v.to(dtype),
         decay=_decay(decay, q, dtype),
@@ -194,17 +194,22 @@ def _decay(decay: Tensor | float | None, q: Tensor, dtype: torch.dtype) -> Tenso
         raise bad("decay", given, f"a number, or a tensor {forms}")
     if any(got not in (1, want) for got, want in zip(decay.shape, (b, h, n, dk), strict=True)):
         raise bad("decay", given, forms, "Axes of size 1 are repeated.")
-    # Looking at values would stall an accelerator and cannot be traced; there the caller is trusted.
-    if decay.device.type == "cpu" and not torch.compiler.is_compiling() and not _never(decay > 0):
+    if seen(decay > 0):
         raise bad(
             "decay", float(decay.max()), "log decays <= 0", "Pass log(a) for a decay factor a in [0, 1]."
         )
     return decay.to(dtype)
 
 
-def _never(flags: Tensor) -> bool:
-    """Whether no flag is set; under vmap, where a flag is not one value, this is taken for granted."""
+def seen(wrong: Bool[Tensor, "..."]) -> bool:
+    """Whether any flag is set, as far as one may look.
+
+    Looking at values would stall an accelerator, and can be neither traced nor mapped over (vmap); there
+    the caller is trusted.
+    """
+    if wrong.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
     try:
-        return not bool(flags.any())
+        return bool(wrong.any())
     except RuntimeError:
-        return True
+        return False

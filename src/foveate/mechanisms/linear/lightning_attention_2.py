@@ -18,7 +18,6 @@ The paper publishes the operator. The layer around it is the one of TransNormerL
 
 from typing import Literal, overload
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -27,6 +26,7 @@ from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.scan.api import Backend, scan
+from foveate.kernels.scan.contract import seen
 from foveate.mechanisms.inputs import check_heads, check_tokens
 from foveate.mechanisms.projections import QKV, merge_heads
 from foveate.scores.distance import alibi_slopes
@@ -88,7 +88,7 @@ def lightning_attention_2(
     if s is not None:
         if q.ndim == 4 and (tuple(s.shape) not in ((q.shape[1],), (q.shape[1], 1, 1))):
             raise bad("s", tuple(s.shape), f"({q.shape[1]},) or ({q.shape[1]}, 1, 1), one slope per head")
-        if s.device.type == "cpu" and not torch.compiler.is_compiling() and s.numel() and s.min() < 0:
+        if seen(s < 0):
             raise bad("s", float(s.min()), "slopes >= 0", "The decay is exp(-s).")
         decay = -s.flatten()
     if return_state:

@@ -25,7 +25,6 @@ from foveate.kernels.attend import attend
 from foveate.mechanisms.inputs import check_tokens, refuse_causal
 from foveate.mechanisms.positions import RelativeBias
 from foveate.mechanisms.projections import QKV, merge_heads
-from foveate.mechanisms.static import on_grid
 from foveate.patterns.grids import Neighborhood
 
 PerAxis = int | Sequence[int]
@@ -98,7 +97,7 @@ class DilatedNeighborhoodAttention(nn.Module):
 
     def where(self, grid: Grid) -> Neighborhood:
         """Return the pattern on a grid that windows fit into."""
-        return on_grid(Neighborhood, grid, self.window, self.dilation)
+        return Neighborhood(grid, self.window, self.dilation)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid) -> Float[Tensor, "b n c"]:
         """Mix the tokens of `grid`.

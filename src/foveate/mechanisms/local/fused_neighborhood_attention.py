@@ -24,9 +24,8 @@ from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
 from foveate.kernels.merge import merge
-from foveate.mechanisms.inputs import check_tokens
+from foveate.mechanisms.inputs import check_tokens, frozen
 from foveate.mechanisms.projections import QKV, merge_heads
-from foveate.mechanisms.static import frozen, on_grid
 from foveate.patterns.grids import Neighborhood
 
 PerAxis = int | Sequence[int]
@@ -131,7 +130,7 @@ class NeighborhoodAttention(nn.Module):
         Raises:
             ArgumentError: naming `window`, `dilation` or `causal` when it does not fit the grid.
         """
-        return on_grid(Neighborhood, grid, self.window, self.dilation, 1, self.causal)
+        return Neighborhood(grid, self.window, self.dilation, 1, self.causal)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid) -> Float[Tensor, "b n c"]:
         """Mix the tokens of `grid`.

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from foveate.core.grid import Grid
 from foveate.core.registry import system
+from foveate.mechanisms.inputs import frozen
 from foveate.mechanisms.local.fused_neighborhood_attention import NeighborhoodAttention, PerAxis
-from foveate.mechanisms.static import frozen, on_grid
 from foveate.patterns.grids import Neighborhood
 
 # Window and stride per axis for 1-, 2- and 3-d grids: a power of two of keys, in steps of half a window.
@@ -96,7 +96,7 @@ class GeneralizedNeighborhoodAttention(NeighborhoodAttention):
         Raises:
             ArgumentError: naming `window`, `stride`, `dilation` or `causal` when it does not fit the grid.
         """
-        return on_grid(Neighborhood, grid, self.window, self.dilation, self.stride, self.causal)
+        return Neighborhood(grid, self.window, self.dilation, self.stride, self.causal)
 
     def extra_repr(self) -> str:
         """Show the options."""

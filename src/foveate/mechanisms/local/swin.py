@@ -26,7 +26,6 @@ from foveate.kernels.attend import attend
 from foveate.mechanisms.inputs import check_tokens, refuse_causal
 from foveate.mechanisms.positions import RelativeBias
 from foveate.mechanisms.projections import QKV, merge_heads
-from foveate.mechanisms.static import on_grid
 from foveate.patterns.grids import Windows
 
 WINDOWS = {1: (49, 64), 2: (7, 8), 3: (4, 4)}
@@ -102,11 +101,11 @@ class WindowAttention(nn.Module):
         shrinks to that side on every axis and is not shifted. Others do so axis by axis.
         """
         if len(set(self.window)) == 1 and min(grid.sizes) <= self.window[0]:
-            return on_grid(Windows, grid, min(grid.sizes))
+            return Windows(grid, min(grid.sizes))
         window = tuple(min(w, size) for w, size in zip(self.window, grid.sizes, strict=True))
         fits = [w < size for w, size in zip(self.window, grid.sizes, strict=True)]
         shift = tuple(s if ok else 0 for s, ok in zip(self.shift, fits, strict=True))
-        return on_grid(Windows, grid, window, shift)
+        return Windows(grid, window, shift)
 
     def forward(
         self, x: Float[Tensor, "b n c"], grid: Grid, *, mask: Tensor | None = None
