@@ -1,12 +1,12 @@
 """How many times faster than dense SDPA is the C++ core? Ratios of one run, interleaved repeats, a Markdown table.
 
-    python -m benchmarks.cpu [--repeats 9] [--threads 2] [--dtypes float32 bfloat16] [--only NAME] [--tile 4 8]
-                             [--backward] [--flex] [--markdown FILE]
+    python benchmarks/cpu.py [--repeats 9] [--threads 2] [--dtypes float32 bfloat16] [--only NAME]
+                             [--tile 4 8] [--no-backward] [--flex] [--markdown FILE]
 
-Dense is `scaled_dot_product_attention` without a mask (causal where the workload is), same dtype and threads. "Bound" is
-pairs dense / pairs computed, what `explain` prints. "GEMM" is the share of the machine's measured matrix product rate
-that the pairs computed reach, in fp32 or bf16. Errors are checked first: no ratio is printed for a wrong result.
-`--flex` adds compiled FlexAttention (forward), which takes up to half a minute to compile for each workload.
+Dense is `scaled_dot_product_attention` without a mask (causal where the workload is), same dtype and threads.
+"Bound" is pairs dense / pairs computed, what `explain` prints. "Of GEMM" is the share of the machine's measured
+matrix product rate that the computed pairs reach, in the same dtype. Errors are checked first: no ratio is printed
+for a wrong result. `--flex` adds compiled FlexAttention (forward), which compiles for up to half a minute each.
 """
 
 from __future__ import annotations

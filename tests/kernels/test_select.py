@@ -126,6 +126,10 @@ def test_forward_and_backward():
     assert chosen.flops_backward == 5 * chosen.flops // 2
     assert chosen.speedup_bound_backward == chosen.speedup_bound
     assert choose(64, "reference").flops_backward == 2 * choose(64, "reference").flops
+    if absent() is None:  # logits and d weights once more for the keys
+        chosen = choose(4096, "cpu", where=Neighborhood((64, 64), 13))
+        assert chosen.flops_backward == 7 * chosen.flops // 2
+        assert chosen.speedup_bound_backward == chosen.speedup_bound * 7 / 9
 
 
 def test_a_named_tile_is_obeyed():

@@ -136,7 +136,7 @@ def check(case, backend="cpu"):
 def within(fast, rough, truth, factor, dtype, queries=1):
     for index, (a, b, c) in enumerate(zip(fast, rough, truth, strict=True)):
         if c is None or a is None:
-            assert (a is None or not a.any()) and (c is None or not c.any()), index
+            assert all(x is None or not x.any() for x in (a, c)), index
             continue
         assert a.shape == c.shape
         empty = c == -torch.inf

@@ -245,39 +245,35 @@ def test_a_group_that_lies_about_its_lengths():
 
 
 W20 = SlidingWindow(3)
+HALVES = torch.arange(20).view(1, 1, 2, 10)
+ONES = torch.ones(20)
 REFUSED = {
-    "every pair is needed": ({}, torch.float32, 8),
-    "not in float64": ({"where": W20}, torch.float64, 8),
-    "multiples of 8": ({"where": W20}, torch.float32, 12),
-    "not by ReLU": ({"where": W20, "weigh": ReLU()}, torch.float32, 8),
-    "Dropout changes the weights": ({"where": W20, "after": Dropout(0.5)}, torch.float32, 8),
-    "cells combine by Mean": (
-        {"where": Selection(torch.arange(20).view(1, 1, 2, 10), torch.arange(20).view(1, 1, 2, 10), n_q=20, n_k=20, combine=Mean())},
-        torch.float32,
-        8,
-    ),
-    "multiplies first": ({"where": W20, "score": KeyBias(torch.ones(20)) + RowFactor(torch.ones(20))}, torch.float32, 8),
-    "KeyBias comes after SoftCap": ({"where": W20, "score": SoftCap(1.0) + KeyBias(torch.ones(20))}, torch.float32, 8),
-    "mask comes after SoftCap": ({"where": W20, "score": SoftCap(1.0), "mask": torch.ones(20) > 0}, torch.float32, 8),
-    "bias of Sigmoid is a tensor": ({"where": W20, "score": SoftCap(1.0), "weigh": Sigmoid(torch.ones(2))}, torch.float32, 8),
-    "5 biases": ({"where": W20, "score": [KeyBias(torch.ones(20))] * 5}, torch.float32, 8),
-    "not a linear form": (
-        {"where": W20, "score": Gathered(torch.ones(1, 1, 20, 20), lambda q, k: (k[0] - q[0]).abs())},
-        torch.float32,
-        8,
-    ),
-    "leaves the table": (
-        {"where": W20, "score": Gathered(torch.ones(1, 1, 20, 20), lambda q, k: k[0] - q[0] + 5)},
-        torch.float32,
-        8,
-    ),
-}  # fmt: skip
+    "every pair is needed": {},
+    "not in float64": {"where": W20, "dtype": torch.float64},
+    "multiples of 8": {"where": W20, "d": 12},
+    "not by ReLU": {"where": W20, "weigh": ReLU()},
+    "Dropout changes the weights": {"where": W20, "after": Dropout(0.5)},
+    "cells combine by Mean": {"where": Selection(HALVES, HALVES, n_q=20, n_k=20, combine=Mean())},
+    "multiplies first": {"where": W20, "score": KeyBias(ONES) + RowFactor(ONES)},
+    "KeyBias comes after SoftCap": {"where": W20, "score": SoftCap(1.0) + KeyBias(ONES)},
+    "mask comes after SoftCap": {"where": W20, "score": SoftCap(1.0), "mask": ONES > 0},
+    "bias of Sigmoid is a tensor": {"where": W20, "score": SoftCap(1.0), "weigh": Sigmoid(torch.ones(2))},
+    "5 biases": {"where": W20, "score": [KeyBias(ONES)] * 5},
+    "not a linear form": {
+        "where": W20,
+        "score": Gathered(torch.ones(1, 1, 20, 20), lambda q, k: (k[0] - q[0]).abs()),
+    },
+    "leaves the table": {
+        "where": W20,
+        "score": Gathered(torch.ones(1, 1, 20, 20), lambda q, k: k[0] - q[0] + 5),
+    },
+}
 
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_refusals_name_the_reason(reason):
-    options, dtype, d = REFUSED[reason]
-    x = torch.randn(1, 2, 20, d, dtype=dtype)
+    options = dict(REFUSED[reason])
+    x = torch.randn(1, 2, 20, options.pop("d", 8), dtype=options.pop("dtype", torch.float32))
     with pytest.raises(UnsupportedError, match=f"(?i){reason}"):
         attend(x, x, x, backend="cpu", **options)
 

@@ -15,7 +15,9 @@ from foveate.kernels.cpu import library
 from foveate.kernels.cpu.library import ISA_NAMES, Job, absent, forced_isa, isa, isa_levels
 
 HEADER = Path(library.__file__).parent / "core" / "foveate_cpu.h"
-present = pytest.mark.skipif(absent() is not None, reason=f"see test_the_core_is_there_or_says_why: {absent()}")
+present = pytest.mark.skipif(
+    absent() is not None, reason=f"see test_the_core_is_there_or_says_why: {absent()}"
+)
 
 
 def test_the_core_is_there_or_says_why():
@@ -28,7 +30,10 @@ def test_the_core_is_there_or_says_why():
 def run_fresh(code, **env):
     """Run code in an interpreter of its own, with warnings on stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, **env}, text=True, capture_output=True
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **env},
+        text=True,
+        capture_output=True,
     )
     assert done.returncode == 0, done.stderr
     return done

@@ -75,7 +75,9 @@ def test_opcheck_without_gradients_in_another_layout(dtype):
 
 def test_opcheck_of_the_backward():
     call = call_of(False, **options_of("everything"))
-    call = call._replace(cells=call_of(True, where=WHERE).cells, spec=call_of(True, **options_of("everything")).spec)
+    call = call._replace(
+        cells=call_of(True, where=WHERE).cells, spec=call_of(True, **options_of("everything")).spec
+    )
     out, lse = attend_cells_op(*call)
     args = (torch.randn_like(out), torch.randn_like(lse), out, lse, *call, [1] * (4 + len(call.tables)))
     opcheck(attend_cells_backward_op, args, test_utils=CHECKS[:2])
@@ -152,8 +154,14 @@ COMPILED = {
     "table": {"where": WHERE, "score": RelativeTable(torch.randn(2, 5, 5, requires_grad=True), GRID)},
     "alibi": {"where": WHERE, "score": ALiBi(torch.rand(2))},
     "mask": {"where": WHERE, "mask": torch.rand(72) > 0.3},
-    "factor, bias, cap": {"where": WHERE, "score": RowFactor(torch.rand(2, 1)) + KeyBias(torch.randn(72)) + SoftCap(2.0)},
-    "gathered": {"where": WHERE, "score": Gathered(torch.randn(1, 2, 72, 15), lambda q, k: k[0] - q[0] + 7, grid=GRID)},
+    "factor, bias, cap": {
+        "where": WHERE,
+        "score": RowFactor(torch.rand(2, 1)) + KeyBias(torch.randn(72)) + SoftCap(2.0),
+    },
+    "gathered": {
+        "where": WHERE,
+        "score": Gathered(torch.randn(1, 2, 72, 15), lambda q, k: k[0] - q[0] + 7, grid=GRID),
+    },
     "phantoms": {"where": Halo((8, 9), 4, 1, border="zero")},
 }  # fmt: skip
 
@@ -187,7 +195,12 @@ def test_one_graph_forward_and_backward(name):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_other_shapes_and_auto():
     fn = torch.compile(lambda x, w: attend(x, x, x, where=w), backend="eager", fullgraph=True)
-    for b, where in ((1, WHERE), (2, WHERE), (3, Neighborhood(Grid(9, 9), 3)), (3, Neighborhood(Grid(40, 40), 5))):
+    for b, where in (
+        (1, WHERE),
+        (2, WHERE),
+        (3, Neighborhood(Grid(9, 9), 3)),
+        (3, Neighborhood(Grid(40, 40), 5)),
+    ):
         x = torch.randn(b, 2, where.lengths(None, None)[0], 8)
         torch.testing.assert_close(fn(x, where), attend(x, x, x, where=where))
 

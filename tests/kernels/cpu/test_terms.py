@@ -115,7 +115,7 @@ GATHERED = {
     "both": (lambda q, k: (k[0] - q[0] + 6) * 17 + k[1] - q[1] + 8, 13 * 17),
     "key coordinate": (lambda q, k: k[1], 9),
     "constant": (lambda q, k: 2, 3),
-    "signs": (lambda q, k: -(-k[0]) + +k[1] * 2 - 0, 30),
+    "signs": (lambda q, k: -(3 - k[0]) + (+k[1]) * 2 + 3, 30),
 }
 
 
@@ -162,9 +162,7 @@ def test_what_is_not_proved_linear(name):
     constant=st.integers(-9, 9),
 )
 def test_linear_forms(q, k, constant):
-    form = linear_form(
-        lambda x, y: q[0] * x[0] + x[1] * q[1] - (-k[0] * y[0]) - (y[1] * -k[1] - constant), 2
-    )
+    form = linear_form(lambda x, y: q[0] * x[0] + x[1] * q[1] - (-k[0] * y[0]) - (y[1] * -k[1] - constant), 2)
     assert (form.q, form.k, form.constant) == (q, k, constant)
     sizes = ((3, 4), (5, 2))
     values = [

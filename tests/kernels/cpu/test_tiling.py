@@ -3,7 +3,6 @@
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from foveate.kernels.cpu.flatten import LANES
 from foveate.kernels.cpu.tiling import by_key, cost, lanes, lowered, packed, price, reach, single, tile_of
@@ -48,7 +47,7 @@ def test_the_chosen_tile_is_cheapest_among_its_neighbours(where, n):
 def test_transposed_cells_compute_about_as_many_pairs():
     for where, n in ((Neighborhood((8, 32, 32), (3, 7, 7)), 8192), (Neighborhood((64, 64), 13), 4096)):
         schedule = lowered(where, n, n, None)
-        assert by_key(schedule).pairs_computed <= 1.25 * schedule.pairs_computed
+        assert by_key(schedule).pairs_computed <= 1.3 * schedule.pairs_computed
 
 
 def test_lanes_and_prices():
@@ -66,7 +65,12 @@ def test_block_lists_bring_their_own_tiles():
 def test_reach():
     known = reach(lower(Neighborhood((9, 12), (3, 5), dilation=(1, 2)), tile=4))
     assert known == ((9, 12), (9, 12), 0, ((-2, 2), (-8, 8)))
-    assert reach(Selection(torch.zeros(1, 1, 1, 1).long(), torch.zeros(1, 1, 1, 1).long(), n_q=1, n_k=1).schedule) is None
+    assert (
+        reach(
+            Selection(torch.zeros(1, 1, 1, 1).long(), torch.zeros(1, 1, 1, 1).long(), n_q=1, n_k=1).schedule
+        )
+        is None
+    )
 
 
 def test_packed_is_kept_with_the_schedule():

@@ -296,7 +296,9 @@ def _pointers(name: str, ptr: Int[Tensor, "n1"], n: int, total: int, most: int) 
     step = ptr.diff()
     ok = ptr.numel() == n + 1 and int(ptr[0]) == 0 and int(ptr[-1]) == total
     if not ok or (n and (int(step.min()) < 0 or int(step.max()) > most)):
-        raise bad(f"cells.{name}", tuple(ptr.shape), f"{n + 1} rising positions from 0 to {total}, steps <= {most}")
+        raise bad(
+            f"cells.{name}", tuple(ptr.shape), f"{n + 1} rising positions from 0 to {total}, steps <= {most}"
+        )
 
 
 def _within(name: str, low: Int[Tensor, "n"], high: Int[Tensor, "n"], last: int) -> None:

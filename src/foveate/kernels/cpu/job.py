@@ -173,7 +173,11 @@ def _query_pass(call: Call, job: Job, wanted: Wanted) -> tuple[Tensor, Tensor | 
     sizes = [t.shape[2] for t, want in zip(call.tables, wanted.tables, strict=True) if want]
     tasks = _SUMMED_TASKS if sizes else _TASKS
     limit = _PARTIAL_BYTES // max(4 * b * h * sum(sizes), 1)
-    slices = min(_slices(facts.cells, b * h, tasks), max(1, limit)) if sizes else _slices(facts.cells, b * h, tasks)
+    slices = (
+        min(_slices(facts.cells, b * h, tasks), max(1, limit))
+        if sizes
+        else _slices(facts.cells, b * h, tasks)
+    )
     job.slices = slices
     partial: list[Tensor | None] = []
     for term, table, want in zip(job.terms, call.tables, wanted.tables, strict=False):
@@ -184,7 +188,8 @@ def _query_pass(call: Call, job: Job, wanted: Wanted) -> tuple[Tensor, Tensor | 
             term.grad_stride_b, term.grad_stride_h, term.grad_stride_slice = sums.stride()[:3]
     library().launch(BACKWARD_QUERY, job)
     tables = [
-        None if sums is None else _summed(sums, table) for sums, table in zip(partial, call.tables, strict=True)
+        None if sums is None else _summed(sums, table)
+        for sums, table in zip(partial, call.tables, strict=True)
     ]
     if d_factor is not None and call.factor is not None:
         d_factor = _summed(d_factor.unsqueeze(2), call.factor)
@@ -195,7 +200,8 @@ def _key_pass(call: Call, job: Job) -> tuple[Tensor, Tensor]:
     flat, facts = call.by_key()
     dk, dv = empty_like(call.k, call.k.shape[3]), empty_like(call.v, call.v.shape[3])
     if not facts.covers:
-        dk.zero_(), dv.zero_()
+        dk.zero_()
+        dv.zero_()
     job.d_k, job.d_v, job.by_key = _tensor(dk), _tensor(dv), _cells(flat, facts)
     job.slices = _slices(facts.cells, call.k.shape[0] * call.k.shape[1], _TASKS)
     library().launch(BACKWARD_KEY, job)
@@ -206,7 +212,9 @@ def _slices(cells: int, sets: int, tasks: int) -> int:
     return max(1, min(cells, -(-tasks // max(sets, 1))))
 
 
-def _summed(parts: Float32[Tensor, "b h s n"], like: Float32[Tensor, "bt ht n"]) -> Float32[Tensor, "bt ht n"]:
+def _summed(
+    parts: Float32[Tensor, "b h s n"], like: Float32[Tensor, "bt ht n"]
+) -> Float32[Tensor, "bt ht n"]:
     """Add the slices, and the batches and heads that share a table, in a fixed order."""
     for dim, keep in ((2, 1), (0, like.shape[0]), (1, like.shape[1])):
         if parts.shape[dim] > keep:
@@ -278,7 +286,11 @@ def check(call: Call) -> None:
     q, k, v = call.q, call.k, call.v
     b, h, n_q, d = q.shape
     h_kv, n_k = k.shape[1], k.shape[2]
-    for name, x, shape in (("q", q, (b, h, n_q, d)), ("k", k, (b, h_kv, n_k, d)), ("v", v, (b, h_kv, n_k, v.shape[3]))):
+    for name, x, shape in (
+        ("q", q, (b, h, n_q, d)),
+        ("k", k, (b, h_kv, n_k, d)),
+        ("v", v, (b, h_kv, n_k, v.shape[3])),
+    ):
         if tuple(x.shape) != shape or x.dtype != q.dtype or x.dtype not in DTYPES or x.stride(3) != 1:
             raise bad(name, (tuple(x.shape), x.dtype, x.stride()), f"{shape} in {q.dtype}, rows contiguous")
     if h_kv == 0 or h % h_kv or not all(8 <= n <= 256 and n % 8 == 0 for n in (d, v.shape[3])):

@@ -25,8 +25,10 @@ def attend_cells(call: Call) -> tuple[Tensor, Tensor]:
     `call.cells` must come from `flatten`, or be checked by the operator.
     """
     inputs = (call.q, call.k, call.v, call.factor, call.sink, *call.tables)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or any(
-        x is not None and type(x) not in _PLAIN for x in inputs
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or any(x is not None and type(x) not in _PLAIN for x in inputs)
     ):
         return attend_cells_op(*call)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
@@ -56,7 +58,9 @@ class _Attend(torch.autograd.Function):
         wanted = Wanted(needs[0], needs[1] or needs[2], needs[3], needs[4], needs[5:])
         if grad is None:
             grad = torch.zeros_like(out)
-        if torch.is_grad_enabled():  # create_graph=True: the operator knows that there is no second derivative
+        if (
+            torch.is_grad_enabled()
+        ):  # create_graph=True: the operator knows that there is no second derivative
             grads = _through_op(call, grad, grad_lse, out, lse, wanted)
         else:
             grads = backward(call, grad, grad_lse, out, lse, wanted)

@@ -273,7 +273,9 @@ def _frame(part: Any, problem: Problem) -> _Frame | str:
     if problem.frame is not None:
         base = problem.frame.base
         if lead or (grid is None and base.ndim > 1) or (grid is not None and grid != base):
-            return f"{type(part).__name__} counts keys on another grid than the pattern, which has phantom keys"
+            return (
+                f"{type(part).__name__} counts keys on another grid than the pattern, which has phantom keys"
+            )
         k_sizes, low = problem.frame.padded.sizes, problem.frame.low
     return _Frame(tuple(q_sizes), tuple(k_sizes), tuple(low), lead)
 
