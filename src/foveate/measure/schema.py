@@ -1,7 +1,5 @@
 """The schema of results.json: one table of fields, from which validation and the documentation are made."""
 
-
-
 from __future__ import annotations
 
 import math
