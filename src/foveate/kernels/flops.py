@@ -82,6 +82,24 @@ def _tiles_backward_formula(grad, grad_lse, query, key, value, out, lse, tensors
     return attention_backward_flops(_tiles_pairs(query, tensors, code), query[-1], value[-1])
 
 
+def _cpu_pairs(query: Sequence[int], spec: Sequence[int]) -> int:
+    """Pairs a call of `foveate::cpu` computes: those of its cells, for every batch and head that shares them."""
+    _, pairs, lead_b, lead_h, *_ = spec
+    return pairs * (query[0] // max(lead_b, 1)) * (query[1] // max(lead_h, 1))
+
+
+def _cpu_formula(query, key, value, factor, sink, tables, codes, cells, spec, *_, **__) -> int:
+    """FLOPs of `foveate::cpu`."""
+    return attention_flops(_cpu_pairs(query, spec), query[-1], value[-1])
+
+
+def _cpu_backward_formula(
+    grad, grad_lse, out, lse, query, key, value, factor, sink, tables, codes, cells, spec, *_, **__
+) -> int:
+    """FLOPs of `foveate::cpu_backward`."""
+    return attention_backward_flops(_cpu_pairs(query, spec), query[-1], value[-1], passes=2)
+
+
 def formulas() -> dict[Any, Callable[..., int]]:
     """Return {operator: formula} for what torch's counter does not know, in its `custom_mapping` form."""
     aten = torch.ops.aten
@@ -90,6 +108,8 @@ def formulas() -> dict[Any, Callable[..., int]]:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_formula,
         torch.ops.foveate.tiles: _tiles_formula,
         torch.ops.foveate.tiles_backward: _tiles_backward_formula,
+        torch.ops.foveate.cpu: _cpu_formula,
+        torch.ops.foveate.cpu_backward: _cpu_backward_formula,
     }
 
 

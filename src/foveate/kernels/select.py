@@ -216,7 +216,7 @@ def plan(problem: Problem, backend: str = "auto", *, tile: tuple[int, ...] | Non
             reasons[name] = _slower(name, chosen, predicted, backend)
     detail = ""
     if chosen == "cpu":
-        tile, detail = tile or cpu.tile(problem), cpu.describe()
+        tile, detail = tile or cpu.tile(problem), cpu.describe(problem.dtype)
     elif chosen == "tiles" and backend == "auto" and problem.device.type == "cpu":
         cpu.note_absence()
     return Plan(

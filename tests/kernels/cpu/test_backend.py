@@ -305,8 +305,9 @@ def test_second_derivatives_are_refused():
 def test_explain_names_the_instruction_set():
     shape = (1, 8, 4096, 64)
     where = Neighborhood((64, 64), 13)
-    text = str(explain(shape, shape, shape, where=where))
-    assert f"cpu ({LEVELS[-1]}, {torch.get_num_threads()} threads)" in text
+    for dtype, name in ((torch.float32, LEVELS[-1].removesuffix(" BF16")), (torch.bfloat16, LEVELS[-1])):
+        text = str(explain(shape, shape, shape, where=where, dtype=dtype, backend="cpu"))
+        assert f"cpu ({name}, {torch.get_num_threads()} threads)" in text
     with forced_isa("portable"):
         assert "cpu (portable" in str(explain(shape, shape, shape, where=where))
     other = explain(shape, shape, shape, where=where, score=ALiBi(torch.rand(8)), weigh=ReLU())

@@ -10,6 +10,7 @@ from foveate.kernels.attend import attend
 from foveate.kernels.cpu import backend
 from foveate.kernels.cpu.job import Call
 from foveate.kernels.cpu.op import attend_cells_backward_op, attend_cells_op
+from foveate.kernels.flops import count_flops
 from foveate.kernels.problem import Problem
 from foveate.kernels.select import plan
 from foveate.patterns.grids import Halo, Neighborhood
@@ -115,6 +116,17 @@ def test_the_lse_alone_has_a_gradient():
         found.append(torch.autograd.grad(lse.square().sum(), (q, k)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", [WHERE, routed()], ids=["static", "routed"])
+def test_flops_are_counted(where):
+    q, k, v = (torch.randn(2, 2, 72, 8, requires_grad=True) for _ in range(3))
+    chosen = plan(Problem.of(q, k, v, where=where), "cpu")
+
+    def call():
+        attend(q, k, v, where=where, backend="cpu").sum().backward()
+
+    assert count_flops(call) == chosen.flops + chosen.flops_backward
 
 
 BROKEN = {

@@ -92,9 +92,12 @@ def nanoseconds(problem: Problem, tile: tuple[int, ...] | None) -> float:
 
 
 @constant_while_tracing
-def describe() -> str:
-    """Say how the core runs here: its instruction set and threads."""
-    return f"{ISA_NAMES[isa()]}, {torch.get_num_threads()} threads"
+def describe(dtype: torch.dtype) -> str:
+    """Say how the core runs here: the instruction set that this dtype uses, and threads."""
+    name = ISA_NAMES[isa()]
+    if dtype != torch.bfloat16:
+        name = name.removesuffix(" BF16")
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 @cache
