@@ -14,7 +14,7 @@ from foveate.core.errors import UnknownNameError, UnsupportedError
 from foveate.kernels.cpu import library
 from foveate.kernels.cpu.library import ISA_NAMES, Job, absent, forced_isa, isa, isa_levels
 
-HEADER = Path(library.__file__).parent / "core" / "foveate_cpu.h"
+HEADER = Path(__file__).parents[3] / "src/foveate/kernels/cpu/core/foveate_cpu.h"
 present = pytest.mark.skipif(
     absent() is not None, reason=f"see test_the_core_is_there_or_says_why: {absent()}"
 )
