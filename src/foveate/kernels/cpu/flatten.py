@@ -149,7 +149,7 @@ def _explicit(group: CellGroup, leading: tuple[int, int]) -> _Part:
     if allowed is not None:
         if not bool(present.all()):
             order = (~present).long().argsort(dim=-1, stable=True).view(*leading, cells, own.shape[2])
-            allowed = allowed.expand(*leading, cells, own.shape[2], -1).gather(
+            allowed = allowed.expand(*leading, cells, own.shape[2], width).gather(
                 3, order.unsqueeze(-1).expand(*order.shape, width)
             )
         alone = allowed.shape[:3] == (1, 1, 1)
