@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -227,7 +228,55 @@ def beside(threads: int) -> str:
 
     return (
         f"Routed cells are made anew for every call above; flattening them takes {made(flat):.2f} ms, "
-        f"their transpose for the backward {made(lambda s: flat(by_key(s))):.2f} ms ({threads} threads)."
+        f"their transpose for the backward {made(by_key):.2f} ms ({threads} threads)."
+    )
+
+
+def scaling(repeats: int) -> str:
+    """Nanoseconds per pair computed, forward and forward + backward, as the grid grows: they should not."""
+    found = []
+    for side in (64, 128, 256):
+        where = Neighborhood(Grid(side, side), 13)
+        q, k, v = (torch.randn(1, 2, side * side, 64, requires_grad=True) for _ in range(3))
+        grad = torch.randn(1, 2, side * side, 64)
+        pairs = plan(Problem.of(q, k, v, where=where), "cpu").pairs_computed
+
+        def forward(q=q, k=k, v=v, where=where) -> Tensor:
+            return attend(q, k, v, where=where, backend="cpu")
+
+        def both(forward=forward, inputs=(q, k, v), grad=grad) -> object:
+            return torch.autograd.grad(forward(), inputs, grad)
+
+        times = [min(timed(fn) for _ in range(repeats)) / pairs * 1e9 for fn in (forward, both)]
+        found.append(f"{side}x{side} {times[0]:.2f} and {times[1]:.2f}")
+    return f"Nanoseconds per pair computed, forward and forward+backward, window 13: {'; '.join(found)}."
+
+
+def memory(side: int) -> str:
+    """Peak memory of a forward and backward, over the bytes of inputs, output and gradients, in a new process."""
+    code = f"""
+import torch
+from foveate import Neighborhood, attend
+def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+def run(side, heads):
+    q, k, v = (torch.randn(1, heads, side * side, 64, requires_grad=True) for _ in range(3))
+    out = attend(q, k, v, where=Neighborhood((side, side), 13), backend="cpu")
+    torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    return 8 * q.numel() * 4
+run(16, 1)
+before = peak()
+must = run({side}, 8)
+print((peak() - before) / must)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    shown = (
+        f"{float(done.stdout):.2f}x"
+        if done.returncode == 0
+        else f"not measured ({done.stderr.strip()[-80:]})"
+    )
+    return (
+        f"Peak memory of forward and backward on a {side}x{side} grid, 8 heads, d 64, float32: {shown} the bytes of "
+        "inputs, output and gradients."
     )
 
 
@@ -240,6 +289,7 @@ def main() -> int:
     parser.add_argument("--tile", type=int, nargs="*")
     parser.add_argument("--backward", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--flex", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--side", type=int, default=512, help="of the grid whose peak memory is measured")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     if absent() is not None:
@@ -265,8 +315,12 @@ def main() -> int:
             if cells is not None:
                 lines.append(f"| {' | '.join(cells)} |")
                 print(lines[-1], flush=True)
-    lines += ["", beside(options.threads)]
-    print("\n".join(lines[-2:]))
+    print("", flush=True)
+    for extra in () if options.only else (
+        lambda: beside(options.threads), lambda: scaling(options.repeats), lambda: memory(options.side)
+    ):  # fmt: skip
+        lines += ["", extra()]
+        print(lines[-1], flush=True)
     if options.markdown:
         options.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return int(failed)

@@ -39,15 +39,22 @@ def expand(flat, facts, n_own, n_other):
 
 
 def agrees(schedule):
-    for some in (single(schedule), by_key(schedule)):
-        flat, facts = flatten(some)
-        assert torch.equal(expand(flat, facts, some.n_q, some.n_k), some.expand().long())
-        owned = torch.zeros(facts.lead_b * facts.lead_h, some.n_q, dtype=torch.int64)
-        for s in range(len(owned)):
-            lo, hi = flat.own_ptr[flat.set_ptr[s]], flat.own_ptr[flat.set_ptr[s + 1]]
-            owned[s] = torch.bincount(flat.own[lo:hi].long(), minlength=some.n_q)
-        assert owned.max() <= 1
-        assert facts.covers == bool((owned == 1).all())
+    pairs = single(schedule).expand().long()
+    check_flat(*flatten(single(schedule)), pairs)
+    check_flat(*by_key(single(schedule)), pairs.mT)
+
+
+def check_flat(flat, facts, pairs):
+    n_own, n_other = pairs.shape[2:]
+    check(flat, facts, n_own, n_other, facts.lead_b, facts.lead_h)
+    assert torch.equal(expand(flat, facts, n_own, n_other), pairs)
+    owned = torch.zeros(facts.lead_b * facts.lead_h, n_own, dtype=torch.int64)
+    for s in range(len(owned)):
+        lo, hi = flat.own_ptr[flat.set_ptr[s]], flat.own_ptr[flat.set_ptr[s + 1]]
+        owned[s] = torch.bincount(flat.own[lo:hi].long(), minlength=n_own)
+    assert owned.max() <= 1
+    assert facts.covers == bool((owned == 1).all())
+    assert facts.cells == int(flat.set_ptr.diff().max())
 
 
 @given(where=grid_patterns(), data=st.data())
@@ -91,6 +98,30 @@ def test_groups_of_several_leads_stand_together():
     schedule = Schedule(24, 24, groups)
     flat, facts = flatten(schedule)
     assert torch.equal(expand(flat, facts, 24, 24), schedule.expand().long())
+
+
+def test_rows_of_the_same_cells_are_exchanged_without_masks():
+    ids = torch.randperm(192).view(1, 1, 6, 32)
+    chosen = torch.rand(6, 6).argsort(1)[:, :3]
+    keys = ids[0, 0][chosen].flatten(1)[None, None]
+    flat, facts = by_key(Schedule(192, 192, (ExplicitGroup(ids, keys),)))
+    assert (flat.mask_ptr == -1).all()
+    assert flat.masks.numel() == 0
+    assert facts.cells == len(chosen.unique())
+
+
+def test_any_number_of_threads_exchanges_alike():
+    ids = torch.stack([torch.randperm(90) for _ in range(8)]).view(2, 4, 9, 10)
+    mask = torch.rand(2, 4, 9, 10, 10) > 0.5
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(by_key(Schedule(90, 90, (ExplicitGroup(ids, ids.flip(2), mask),))))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
 
 
 def test_masks_are_shared_and_full_cells_have_none():

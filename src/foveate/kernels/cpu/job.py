@@ -100,7 +100,7 @@ def forward(call: Call) -> tuple[Float[Tensor, "b h nq dv"], Float32[Tensor, "b 
     if not facts.covers:
         out.zero_()
     job = _job(call)
-    job.out, job.by_query = _tensor(out), _cells(flat, facts)
+    job.out, job.by_query = _tensor(out), cells_argument(flat, facts)
     job.lse = lse.data_ptr() if lse.numel() else None
     job.slices = _slices(facts.cells, q.shape[0] * q.shape[1], _TASKS)
     library().launch(FORWARD, job)
@@ -165,7 +165,7 @@ def _query_pass(call: Call, job: Job, wanted: Wanted) -> tuple[Tensor, Tensor | 
     dq = empty_like(call.q, call.q.shape[3])
     if not facts.covers:
         dq.zero_()
-    job.d_q, job.by_query = _tensor(dq), _cells(flat, facts)
+    job.d_q, job.by_query = _tensor(dq), cells_argument(flat, facts)
     d_factor = None
     if wanted.factor:
         d_factor = torch.zeros(b, h, n_q)
@@ -202,7 +202,7 @@ def _key_pass(call: Call, job: Job) -> tuple[Tensor, Tensor]:
     if not facts.covers:
         dk.zero_()
         dv.zero_()
-    job.d_k, job.d_v, job.by_key = _tensor(dk), _tensor(dv), _cells(flat, facts)
+    job.d_k, job.d_v, job.by_key = _tensor(dk), _tensor(dv), cells_argument(flat, facts)
     job.slices = _slices(facts.cells, call.k.shape[0] * call.k.shape[1], _TASKS)
     library().launch(BACKWARD_KEY, job)
     return dk, dv
@@ -268,7 +268,8 @@ def _strides(x: Float32[Tensor, "b h n"]) -> tuple[int, int]:
     return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
 
 
-def _cells(flat: Flat, facts: Facts) -> CellsArg:
+def cells_argument(flat: Flat, facts: Facts) -> CellsArg:
+    """Return the struct of flattened cells; it points into their tensors."""
     stride_h = 1 if facts.lead_h > 1 else 0
     stride_b = facts.lead_h if facts.lead_b > 1 else 0
     return CellsArg(

@@ -128,6 +128,14 @@ class Library:
         if code:
             raise UnsupportedError(f"backend 'cpu': {_FAILURES.get(code, f'the core returned {code}')}.")
 
+    def transpose(
+        self, cells: CellsArg, sets: int, n_other: int, threads: int
+    ) -> tuple[int | None, tuple[int, ...]]:
+        """Exchange own and other rows: a handle for `fv_transpose_take` (None: no memory), and what to allocate."""
+        sizes = (c_int64 * 4)()
+        made = self.handle.fv_transpose(ctypes.byref(cells), sets, n_other, threads, sizes)
+        return made, tuple(sizes)
+
 
 def library_path() -> Path:
     """Return where the core is when it was built: beside this module."""
@@ -162,6 +170,9 @@ def _load() -> Library | str:
         for which in (FORWARD, BACKWARD_QUERY, BACKWARD_KEY):
             function = getattr(handle, which)
             function.argtypes, function.restype = (POINTER(Job),), c_int
+        handle.fv_transpose.argtypes = POINTER(CellsArg), c_int64, c_int64, c_int32, POINTER(c_int64)
+        handle.fv_transpose.restype = c_void_p
+        handle.fv_transpose_take.argtypes, handle.fv_transpose_take.restype = (c_void_p,) * 8, None
     except (OSError, AttributeError) as error:
         return f"the C++ core could not be loaded ({error})"
     # A job without work answers 0 when both sides have the same version.

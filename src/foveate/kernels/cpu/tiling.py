@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foveate.kernels.constants import constant
 from foveate.kernels.cpu.flatten import LANES, Facts, Flat, flatten
+from foveate.kernels.cpu.transpose import transposed
 from foveate.patterns.basic import BlockList
 from foveate.patterns.lower import default_tile, lower
 from foveate.patterns.schedule import Schedule
@@ -77,11 +78,19 @@ def single(schedule: Schedule) -> Schedule:
     return schedule.memo("cpu single", lambda: schedule.transpose(LANES).transpose(LANES))
 
 
-def by_key(schedule: Schedule) -> Schedule:
-    """Return the schedule with queries and keys exchanged, in tiles that suit the core."""
+def by_key(schedule: Schedule) -> tuple[Flat, Facts]:
+    """Return the flat arrays of the schedule with queries and keys exchanged, kept with the schedule.
+
+    Closed forms get tiles that suit the core; cells without one are exchanged by the core itself.
+    """
+    if schedule.product is not None:
+        return flat(_closed_by_key(schedule))
+    return schedule.memo("cpu by key", lambda: transposed(*flat(schedule), schedule.n_k))
+
+
+def _closed_by_key(schedule: Schedule) -> Schedule:
     old = schedule.product
-    if old is None:
-        return schedule.transpose(LANES)
+    assert old is not None
 
     def make() -> Schedule:
         rules = tuple(rule.transpose() for rule in old.rules())
@@ -89,7 +98,7 @@ def by_key(schedule: Schedule) -> Schedule:
         new = BoxProduct.of(rules, tile, specials=old.specials, linked=old.linked)
         return Schedule(schedule.n_k, schedule.n_q, new.groups(), "sum", product=new)
 
-    return schedule.memo("cpu by key", make)
+    return schedule.memo("cpu closed by key", make)
 
 
 def flat(schedule: Schedule) -> tuple[Flat, Facts]:
@@ -110,7 +119,7 @@ def packed(schedule: Schedule, with_keys: bool) -> tuple[tuple[Tensor, ...], tup
     other: tuple[Tensor, ...] = ()
     other_facts = Facts(1, 1, 0, 0)
     if with_keys:
-        other, other_facts = flat(by_key(schedule))
+        other, other_facts = by_key(schedule)
     return (*arrays, *other), (schedule.pairs_computed, *facts, *other_facts)
 
 

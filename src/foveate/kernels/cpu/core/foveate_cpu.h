@@ -72,6 +72,14 @@ FV_API int fv_forward(const fv_job* job);
 FV_API int fv_backward_query(const fv_job* job);  // d_q, gradients of the terms, d_row_factor
 FV_API int fv_backward_key(const fv_job* job);    // d_k, d_v
 
+// The cells of every set with own and other rows exchanged; each other row is owned by one new cell at most.
+// `sizes` receives the numbers of cells, own rows, runs and mask words; NULL when memory runs out. `fv_transpose_take`
+// copies them out and frees `made`; set_ptr has sets + 1 entries.
+typedef struct fv_transposed fv_transposed;
+FV_API fv_transposed* fv_transpose(const fv_cells* cells, int64_t sets, int64_t n_other, int32_t threads, int64_t* sizes);
+FV_API void fv_transpose_take(fv_transposed* made, int64_t* set_ptr, int64_t* own_ptr, int32_t* own, int64_t* run_ptr,
+                              int32_t* runs, int64_t* mask_ptr, uint64_t* masks);
+
 #ifdef __cplusplus
 }
 #endif
