@@ -20,7 +20,7 @@ from pathlib import Path
 
 from foveate.core.errors import UnsupportedError, unknown
 
-ABI = 2
+ABI = 3
 MAX_TERMS = 4
 # The values of the FV_* enumerations of the header.
 F32, BF16, F16 = 0, 1, 2
@@ -101,6 +101,7 @@ class Job(Structure):
         ("delta", c_void_p),
         ("d_row_factor", c_void_p),
         ("slices", c_int64),
+        ("parallel", c_void_p),
         ("finish_delta", c_int64),
     )
 
@@ -112,10 +113,12 @@ class Library:
     Attributes:
         handle: the ctypes library.
         best_isa: the fastest instruction set this CPU has, an index into ISA_NAMES.
+        parallel: address of `GOMP_parallel` in the OpenMP runtime that torch brought, None where there is none.
     """
 
     handle: ctypes.CDLL
     best_isa: int
+    parallel: int | None
 
     def launch(self, which: str, job: Job) -> None:
         """Run one of the three entry points.
@@ -123,7 +126,7 @@ class Library:
         Raises:
             UnsupportedError: if the core refuses the job.
         """
-        job.abi = ABI
+        job.abi, job.parallel = ABI, self.parallel
         code = getattr(self.handle, which)(ctypes.byref(job))
         if code:
             raise UnsupportedError(f"backend 'cpu': {_FAILURES.get(code, f'the core returned {code}')}.")
@@ -179,7 +182,28 @@ def _load() -> Library | str:
     code = handle.fv_forward(ctypes.byref(Job(abi=ABI)))
     if code:
         return _FAILURES.get(code, f"the C++ core returned {code}")
-    return Library(handle, int(handle.fv_best_isa()))
+    return Library(handle, int(handle.fv_best_isa()), _torch_threads())
+
+
+def _torch_threads() -> int | None:
+    """Find how torch's own OpenMP runtime starts a parallel region.
+
+    Idle OpenMP threads spin for milliseconds after torch's last operator. A second pool would compete with them for
+    the cores; the same runtime's threads are there already. GNU's and LLVM's runtimes both have the entry point.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/" in line}
+    runtimes = [p for p in paths if Path(p).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    if len(runtimes) != 1:  # with several, nobody knows which one torch uses
+        return None
+    try:
+        entry = ctypes.CDLL(runtimes[0]).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(entry, c_void_p).value
 
 
 def library() -> Library:

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-enum { FV_ABI = 2 };
+enum { FV_ABI = 3 };
 enum { FV_F32 = 0, FV_BF16 = 1, FV_F16 = 2 };
 enum { FV_SOFTMAX = 0, FV_SIGMOID = 1 };
 enum { FV_PORTABLE = 0, FV_AVX2 = 1, FV_AVX512 = 2, FV_AVX512_BF16 = 3 };
@@ -64,6 +64,9 @@ typedef struct {
     float* delta;         // (B, H, n_q) contiguous: sum_j out * d_out, minus the gradient of lse
     float* d_row_factor;  // (B, H, n_q) contiguous or NULL
     int64_t slices;       // fixed slices of the cells of one (b, h): the unit of gradient accumulation
+    // Runs fn(data) on at most `threads` threads and returns when all are done: GOMP_parallel of the OpenMP runtime that
+    // the caller's own threads belong to, so that no two pools compete for the cores. NULL: threads of the core's own.
+    void (*parallel)(void (*fn)(void* data), void* data, unsigned threads, unsigned flags);
     int64_t finish_delta; // 1: `delta` holds minus the gradient of lse, fv_backward_query adds sum_j out * d_out
 } fv_job;
 
