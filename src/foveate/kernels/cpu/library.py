@@ -27,6 +27,7 @@ F32, BF16, F16 = 0, 1, 2
 SOFTMAX, SIGMOID = 0, 1
 ISA_NAMES = ("portable", "AVX2", "AVX-512", "AVX-512 BF16")
 FORWARD, BACKWARD_QUERY, BACKWARD_KEY = "fv_forward", "fv_backward_query", "fv_backward_key"
+FLATTEN, TRANSPOSE = "fv_flatten", "fv_transpose"
 _FAILURES = {
     1: "the core was built for another version of this package; install foveate again",
     2: "the core was asked for instructions this CPU does not have",
@@ -60,6 +61,22 @@ class CellsArg(Structure):
         ("runs", c_void_p),
         ("mask_ptr", c_void_p),
         ("masks", c_void_p),
+    )
+
+
+class IdsArg(Structure):
+    """`fv_ids`: cells that list their ids; strides in elements, 0 where shared."""
+
+    _fields_ = (
+        ("own", c_void_p),
+        ("other", c_void_p),
+        ("mask", c_void_p),
+        ("own_stride", c_int64 * 4),
+        ("other_stride", c_int64 * 4),
+        ("mask_stride", c_int64 * 5),
+        ("cells", c_int64),
+        ("n_own", c_int64),
+        ("n_other", c_int64),
     )
 
 
@@ -131,13 +148,10 @@ class Library:
         if code:
             raise UnsupportedError(f"backend 'cpu': {_FAILURES.get(code, f'the core returned {code}')}.")
 
-    def transpose(
-        self, cells: CellsArg, sets: int, n_other: int, threads: int
-    ) -> tuple[int | None, tuple[int, ...]]:
-        """Exchange own and other rows: a handle for `fv_transpose_take` (None: no memory), and what to allocate."""
-        sizes = (c_int64 * 4)()
-        made = self.handle.fv_transpose(ctypes.byref(cells), sets, n_other, threads, sizes)
-        return made, tuple(sizes)
+    def make(self, which: str, *arguments) -> tuple[int | None, tuple[int, ...]]:
+        """Make flat cells: a handle for `fv_flat_take` (None: it failed), and the sizes the header tells of."""
+        sizes = (c_int64 * 6)()
+        return getattr(self.handle, which)(*arguments, sizes), tuple(sizes)
 
 
 def library_path() -> Path:
@@ -173,9 +187,10 @@ def _load() -> Library | str:
         for which in (FORWARD, BACKWARD_QUERY, BACKWARD_KEY):
             function = getattr(handle, which)
             function.argtypes, function.restype = (POINTER(Job),), c_int
+        handle.fv_flatten.argtypes = POINTER(IdsArg), *(c_int64,) * 5, c_int32, POINTER(c_int64)
         handle.fv_transpose.argtypes = POINTER(CellsArg), c_int64, c_int64, c_int32, POINTER(c_int64)
-        handle.fv_transpose.restype = c_void_p
-        handle.fv_transpose_take.argtypes, handle.fv_transpose_take.restype = (c_void_p,) * 8, None
+        handle.fv_flatten.restype = handle.fv_transpose.restype = c_void_p
+        handle.fv_flat_take.argtypes, handle.fv_flat_take.restype = (c_void_p,) * 8, None
     except (OSError, AttributeError) as error:
         return f"the C++ core could not be loaded ({error})"
     # A job without work answers 0 when both sides have the same version.
