@@ -21,7 +21,7 @@ from torch import Tensor
 from foveate.core.errors import UnsupportedError, bad
 from foveate.kernels.cpu.library import FLATTEN, TRANSPOSE, CellsArg, IdsArg, library
 from foveate.patterns.boxes import AxisClass, BoxGroup
-from foveate.patterns.groups import CellGroup, ExplicitGroup, runs_of
+from foveate.patterns.groups import ExplicitGroup, runs_of
 from foveate.patterns.schedule import Schedule
 from foveate.patterns.validate import check_group
 
@@ -64,22 +64,16 @@ def flatten(schedule: Schedule) -> tuple[Flat, Facts, bool]:
         UnsupportedError: if there is not enough memory.
     """
     lead_b, lead_h = schedule.leading
-    boxes, listed = [], []
-    for index, group in enumerate(schedule.groups):
-        if isinstance(group, BoxGroup) and group.tq <= LANES and (lead_b, lead_h) == (1, 1):
+    small = [isinstance(g, BoxGroup) and g.tq <= LANES for g in schedule.groups]
+    if (lead_b, lead_h) == (1, 1) and all(small):
+        for index, group in enumerate(schedule.groups):
             check_group(group, f"groups[{index}]", schedule.n_q, schedule.n_k)
-            boxes.append(_box(group))
-        else:
-            listed.append(group)
-    single = True
-    if listed:
-        flat, single = _listed(listed, schedule)
-        boxes.append(flat)
-    flat = boxes[0] if len(boxes) == 1 else _joined(boxes)
+        flat = _joined([_box(group) for group in schedule.groups])  # type: ignore[arg-type]
+        single = schedule.product is not None or flat.own.unique().numel() == flat.own.numel()
+    else:
+        flat, single = _listed(schedule)
     facts = _facts(flat, lead_b, lead_h, schedule.n_q)
     check(flat, facts, schedule.n_q, schedule.n_k, lead_b, lead_h)
-    if boxes and listed and len(boxes) > 1:
-        single = flat.own.numel() == flat.own.unique().numel()
     return flat, facts, single
 
 
@@ -121,8 +115,8 @@ def _facts(flat: Flat, lead_b: int, lead_h: int, n_own: int) -> Facts:
 # ---- cells that list their ids ------------------------------------------------------------------------------------
 
 
-def _listed(groups: Sequence[CellGroup], schedule: Schedule) -> tuple[Flat, bool]:
-    lead_b, lead_h = schedule.leading
+def _listed(schedule: Schedule) -> tuple[Flat, bool]:
+    groups, (lead_b, lead_h) = schedule.groups, schedule.leading
     ids = (IdsArg * len(groups))()
     alive = []  # the tensors that `ids` points into
     for at, group in enumerate(groups):
@@ -137,7 +131,7 @@ def _listed(groups: Sequence[CellGroup], schedule: Schedule) -> tuple[Flat, bool
     lengths = len(groups), lead_b, lead_h, schedule.n_q, schedule.n_k
     made, sizes = library().make(FLATTEN, ids, *lengths, torch.get_num_threads())
     if sizes[4]:
-        for index, group in enumerate(schedule.groups):
+        for index, group in enumerate(groups):
             check_group(group, f"groups[{index}]", schedule.n_q, schedule.n_k)
     return _taken(made, sizes, lead_b * lead_h), bool(sizes[5])
 
@@ -222,6 +216,8 @@ def _low_bits(count: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 
 def _joined(parts: Sequence[Flat]) -> Flat:
     """Put the cells of one set together."""
+    if len(parts) == 1:
+        return parts[0]
     if not parts:
         none = torch.zeros(0, dtype=torch.int64)
         return Flat(

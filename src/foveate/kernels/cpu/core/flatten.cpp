@@ -86,6 +86,7 @@ void flatten_set(const fv_ids* groups, int64_t n_groups, int64_t b, int64_t h, i
             if (out.wrong) return;
         }
     }
+    fv::own_the_rest(out, owned);
 }
 
 template <class T>

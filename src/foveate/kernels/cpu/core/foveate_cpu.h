@@ -88,7 +88,7 @@ typedef struct {
     int64_t cells, n_own, n_other;
 } fv_ids;
 
-// Makers of flat cells. `sizes` receives the numbers of cells, own rows, runs and mask words, then whether an id was out
+// Makers of flat cells; rows in none get cells without other rows, so that every row's result is written. `sizes` receives the numbers of cells, own rows, runs and mask words, then whether an id was out
 // of range, then whether no row is owned twice. NULL: an id was out of range, or memory ran out (sizes[4] tells).
 // `fv_flat_take` copies the arrays out and frees `made`; set_ptr has one entry more than there are sets.
 typedef struct fv_flat fv_flat;

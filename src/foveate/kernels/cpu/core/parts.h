@@ -22,6 +22,21 @@ struct Part {
     bool single = true;   // no row is owned twice
 };
 
+// Rows in no cell get cells without other rows: their results are then written (as zeros) by whoever runs the cells.
+inline void own_the_rest(Part& part, const std::vector<uint8_t>& owned) {
+    int64_t n = 0;
+    for (size_t id = 0; id < owned.size(); ++id) {
+        if (owned[id]) continue;
+        if (n++ % LANES == 0) {
+            part.own_count.push_back(0);
+            part.run_count.push_back(0);
+            part.mask_at.push_back(-1);
+        }
+        part.own.push_back((int32_t)id);
+        ++part.own_count.back();
+    }
+}
+
 // Appends rows one by one to the runs of the last cell.
 struct Runs {
     Part& part;

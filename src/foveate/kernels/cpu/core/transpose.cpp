@@ -46,6 +46,9 @@ class Transposer {
             write(order.data() + at, (int)(end - at));
             at = end;
         }
+        std::vector<uint8_t> owned(n_other_);
+        for (int64_t id = 0; id < n_other_; ++id) owned[id] = entry_ptr_[id] < entry_ptr_[id + 1];
+        fv::own_the_rest(out_, owned);
     }
 
    private:
