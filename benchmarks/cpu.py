@@ -154,6 +154,7 @@ def flex(work: Workload, where: object, q: Tensor, k: Tensor, v: Tensor) -> Call
     mask_mod = getattr(where, "mask_mod", None)
     block = create_block_mask(mask_mod, 1, None, work.n, work.n, device="cpu")
     compiled = torch.compile(flex_attention)
+    q, k, v = (x.detach() for x in (q, k, v))
     return lambda: compiled(q, k, v, block_mask=block)
 
 

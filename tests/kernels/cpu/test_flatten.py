@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from foveate.core.errors import ArgumentError
 from foveate.kernels.cpu.flatten import LANES, Facts, Flat, check, flatten
 from foveate.kernels.cpu.tiling import by_key, single
-from foveate.patterns.basic import Causal, Explicit
+from foveate.patterns.basic import Causal, Explicit, SlidingWindow
 from foveate.patterns.grids import Neighborhood
 from foveate.patterns.groups import ExplicitGroup
 from foveate.patterns.lower import lower
 from foveate.patterns.schedule import Schedule
+from foveate.patterns.selection import Selection
 from foveate.patterns.specials import with_specials
 from tests.kernels.cpu.cases import selections
 from tests.patterns.strategies import grid_patterns, patterns
@@ -40,7 +41,9 @@ def expand(flat, facts, n_own, n_other):
 
 def agrees(schedule):
     pairs = single(schedule).expand().long()
-    check_flat(*flatten(single(schedule)), pairs)
+    flat, facts, alone = flatten(single(schedule))
+    assert alone
+    check_flat(flat, facts, pairs)
     check_flat(*by_key(single(schedule)), pairs.mT)
 
 
@@ -96,7 +99,7 @@ def test_groups_of_several_leads_stand_together():
         ExplicitGroup(ids[:1, :1, 2:], ids[:, :, :2], torch.rand(2, 1, 2, 6, 6) > 0.5),
     )
     schedule = Schedule(24, 24, groups)
-    flat, facts = flatten(schedule)
+    flat, facts, _ = flatten(schedule)
     assert torch.equal(expand(flat, facts, 24, 24), schedule.expand().long())
 
 
@@ -107,7 +110,9 @@ def test_rows_of_the_same_cells_are_exchanged_without_masks():
     flat, facts = by_key(Schedule(192, 192, (ExplicitGroup(ids, keys),)))
     assert (flat.mask_ptr == -1).all()
     assert flat.masks.numel() == 0
-    assert facts.cells == len(chosen.unique())
+    left = 6 - len(chosen.unique())
+    assert facts.cells == 6 - left + -(-32 * left // LANES)
+    assert facts.covers
 
 
 def test_any_number_of_threads_exchanges_alike():
@@ -125,16 +130,24 @@ def test_any_number_of_threads_exchanges_alike():
 
 
 def test_masks_are_shared_and_full_cells_have_none():
-    flat, _ = flatten(lower(Neighborhood((64, 64), 5), 4096, tile=(4, 8)))
+    flat, *_ = flatten(lower(Neighborhood((64, 64), 5), 4096, tile=(4, 8)))
     assert flat.masks.numel() < 2000
-    flat, _ = flatten(lower(Causal(), 256, tile=64))
+    flat, *_ = flatten(lower(Causal(), 256, tile=64))
     assert int((flat.mask_ptr < 0).sum()) == 0  # the diagonal is in every cell
     one = torch.rand(1, 1, 1, 8, 8) > 0.5
     ids = torch.arange(64).view(1, 1, 8, 8)
-    flat, _ = flatten(Schedule(64, 64, (ExplicitGroup(ids, ids, one),)))
+    flat, *_ = flatten(Schedule(64, 64, (ExplicitGroup(ids, ids, one),)))
     assert flat.masks.numel() == 8
-    flat, _ = flatten(Schedule(64, 64, (ExplicitGroup(ids, ids, one | True),)))
+    flat, *_ = flatten(Schedule(64, 64, (ExplicitGroup(ids, ids, one | True),)))
     assert (flat.mask_ptr == -1).all()
+
+
+def test_rows_owned_twice_are_noticed():
+    ids = torch.arange(20).view(1, 1, 2, 10)
+    assert flatten(Selection(ids, ids, n_q=20, n_k=20).schedule)[2]
+    assert not flatten(Selection(ids // 2, ids, n_q=20, n_k=20).schedule)[2]
+    mixed = Schedule(20, 20, (*lower(SlidingWindow(3), 20, tile=5).groups, ExplicitGroup(ids, ids)))
+    assert not flatten(mixed)[2]
 
 
 def test_a_million_tokens_flatten_quickly():
@@ -149,7 +162,7 @@ def test_a_million_tokens_flatten_quickly():
 
 
 def good():
-    flat, facts = flatten(lower(Explicit(torch.rand(40, 50) > 0.5), 40, 50, tile=16))
+    flat, facts, _ = flatten(lower(Explicit(torch.rand(40, 50) > 0.5), 40, 50, tile=16))
     return flat, facts
 
 

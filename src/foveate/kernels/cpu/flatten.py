@@ -1,29 +1,31 @@
-"""A Schedule as the flat arrays the core walks: `flatten`, all of it array operations.
+"""A Schedule as the flat arrays the core walks, checked before raw pointers are made of them.
 
 A cell has at most 64 *own* rows, which lie in vector lanes, and *other* rows, which stream past them in runs of
 consecutive ids. Larger cells are cut. Absent ids are dropped, other rows that no own row sees too, and a mask is
 one 64-bit word per other row, bit i for own row i. Forward and d_q take the schedule as it is (own = queries), d_k
-and d_v its transpose (own = keys).
+and d_v its transpose (own = keys). Closed forms are flattened by array operations, cells that list their ids by the
+core itself: routed cells are new in every call.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from foveate.core.errors import bad
+from foveate.core.errors import UnsupportedError, bad
+from foveate.kernels.cpu.library import FLATTEN, TRANSPOSE, CellsArg, IdsArg, library
 from foveate.patterns.boxes import AxisClass, BoxGroup
-from foveate.patterns.groups import CellGroup, ExplicitGroup, pack_bits, runs_of
+from foveate.patterns.groups import ExplicitGroup, runs_of
 from foveate.patterns.schedule import Schedule
 from foveate.patterns.validate import check_group
 
 LANES = 64
-# Mask entries packed at a time.
-_CHUNK = 1 << 24
 
 
 class Flat(NamedTuple):
@@ -54,47 +56,113 @@ class Facts(NamedTuple):
     cells: int
 
 
-class _Part(NamedTuple):
-    """The cells of one group: counts per cell (leads slowest), and what they count, one after the other."""
-
-    leads: int
-    own_count: Tensor
-    own: Tensor
-    run_count: Tensor
-    runs: Tensor
-    mask_at: Tensor
-    masks: Tensor
-
-
-def flatten(schedule: Schedule) -> tuple[Flat, Facts]:
-    """Return the cells of a schedule as flat arrays.
+def flatten(schedule: Schedule) -> tuple[Flat, Facts, bool]:
+    """Return the cells of a schedule as flat arrays, and whether each own row stands in one cell at most.
 
     Raises:
         ArgumentError: if an id lies outside of the schedule's lengths.
+        UnsupportedError: if there is not enough memory.
     """
-    n_own, n_other = schedule.n_q, schedule.n_k
-    for index, group in enumerate(schedule.groups):
-        check_group(group, f"groups[{index}]", n_own, n_other)
     lead_b, lead_h = schedule.leading
-    leads = lead_b * lead_h
-    parts = [
-        _box(group) if leads == 1 and isinstance(group, BoxGroup) and group.tq <= LANES
-        else _explicit(group, (lead_b, lead_h))
-        for group in schedule.groups
-    ]  # fmt: skip
-    flat = _join(parts, leads)
-    per_set = flat.own_ptr[flat.set_ptr].diff()
-    covers = int(bool((per_set == n_own).all()))
-    cells = int(flat.set_ptr.diff().max()) if leads else 0
-    facts = Facts(lead_b, lead_h, covers, cells)
-    check(flat, facts, n_own, n_other, lead_b, lead_h)
-    return flat, facts
+    small = [isinstance(g, BoxGroup) and g.tq <= LANES for g in schedule.groups]
+    if (lead_b, lead_h) == (1, 1) and all(small):
+        for index, group in enumerate(schedule.groups):
+            check_group(group, f"groups[{index}]", schedule.n_q, schedule.n_k)
+        flat = _joined([_box(group) for group in schedule.groups])  # type: ignore[arg-type]
+        single = schedule.product is not None or flat.own.unique().numel() == flat.own.numel()
+    else:
+        flat, single = _listed(schedule)
+    facts = _facts(flat, lead_b, lead_h, schedule.n_q)
+    check(flat, facts, schedule.n_q, schedule.n_k, lead_b, lead_h)
+    return flat, facts, single
 
 
-# ---- groups -----------------------------------------------------------------------------------------------------
+def transposed(flat: Flat, facts: Facts, n_other: int) -> tuple[Flat, Facts]:
+    """Return the same pairs in cells that own what was streamed: each other row in one cell at most.
+
+    Args:
+        flat: checked cells.
+        facts: what is known about them.
+        n_other: number of other rows.
+
+    Raises:
+        UnsupportedError: if there is not enough memory.
+    """
+    sets = facts.lead_b * facts.lead_h
+    threads = torch.get_num_threads()
+    made = library().make(TRANSPOSE, argument(flat, facts), sets, n_other, threads)
+    new = _taken(*made, sets)
+    return new, _facts(new, facts.lead_b, facts.lead_h, n_other)
 
 
-def _box(group: BoxGroup) -> _Part:
+def argument(flat: Flat, facts: Facts) -> CellsArg:
+    """Return the core's struct of flattened cells; it points into their tensors."""
+    stride_h = 1 if facts.lead_h > 1 else 0
+    stride_b = facts.lead_h if facts.lead_b > 1 else 0
+    return CellsArg(
+        flat.set_ptr.data_ptr(), stride_b, stride_h, flat.own_ptr.data_ptr(), flat.own.data_ptr(),
+        flat.run_ptr.data_ptr(), flat.runs.data_ptr(), flat.mask_ptr.data_ptr(), flat.masks.data_ptr(),
+    )  # fmt: skip
+
+
+def _facts(flat: Flat, lead_b: int, lead_h: int, n_own: int) -> Facts:
+    # Own rows differ within a set, so that they cover it when there are as many as rows.
+    covers = flat.own.numel() == lead_b * lead_h * n_own
+    cells = int(flat.set_ptr.diff().max()) if lead_b * lead_h else 0
+    return Facts(lead_b, lead_h, int(covers), cells)
+
+
+# ---- cells that list their ids ------------------------------------------------------------------------------------
+
+
+def _listed(schedule: Schedule) -> tuple[Flat, bool]:
+    groups, (lead_b, lead_h) = schedule.groups, schedule.leading
+    ids = (IdsArg * len(groups))()
+    alive = []  # the tensors that `ids` points into
+    for at, group in enumerate(groups):
+        own, other = group.q_ids(), group.k_ids()
+        mask = group.allowed if isinstance(group, ExplicitGroup) else group.mask()
+        alive.append((own, other, mask))
+        ids[at] = IdsArg(own=own.data_ptr(), other=other.data_ptr(), cells=own.shape[2])
+        ids[at].n_own, ids[at].n_other = own.shape[3], other.shape[3]
+        ids[at].own_stride, ids[at].other_stride = _strides(own), _strides(other)
+        if mask is not None:
+            ids[at].mask, ids[at].mask_stride = mask.data_ptr(), _strides(mask)
+    lengths = len(groups), lead_b, lead_h, schedule.n_q, schedule.n_k
+    made, sizes = library().make(FLATTEN, ids, *lengths, torch.get_num_threads())
+    if sizes[4]:
+        for index, group in enumerate(groups):
+            check_group(group, f"groups[{index}]", schedule.n_q, schedule.n_k)
+    return _taken(made, sizes, lead_b * lead_h), bool(sizes[5])
+
+
+def _strides(x: Tensor) -> ctypes.Array:
+    """Return the strides, 0 for dimensions of size 1, which broadcast."""
+    return (ctypes.c_int64 * x.ndim)(*(s if n > 1 else 0 for s, n in zip(x.stride(), x.shape, strict=True)))
+
+
+def _taken(made: int | None, sizes: Sequence[int], sets: int) -> Flat:
+    """Copy out what the core made."""
+    if made is None:
+        raise UnsupportedError("backend 'cpu': there is no memory left to flatten the cells.")
+    cells, own, runs, words = sizes[:4]
+    flat = Flat(
+        torch.empty(sets + 1, dtype=torch.int64),
+        torch.empty(cells + 1, dtype=torch.int64),
+        torch.empty(own, dtype=torch.int32),
+        torch.empty(cells + 1, dtype=torch.int64),
+        torch.empty(runs, 2, dtype=torch.int32),
+        torch.empty(cells, dtype=torch.int64),
+        torch.empty(words, dtype=torch.int64),
+    )
+    library().handle.fv_flat_take(made, *(x.data_ptr() for x in flat))
+    return flat
+
+
+# ---- closed forms -------------------------------------------------------------------------------------------------
+
+
+def _box(group: BoxGroup) -> Flat:
     """Flatten a closed form: ids are materialised, masks are stored once for all cells that share them."""
     cells, lead = group.n_cells, group.lead
     own = group.q_bases().int()[:, None] + group.q_offsets().int()
@@ -109,9 +177,10 @@ def _box(group: BoxGroup) -> _Part:
         words = _box_words(group)
         masks = words.reshape(-1)
         full = (words == _low_bits(torch.tensor(group.tq))).all(1)
-        mask_at = torch.where(full[index], -1, index * group.tk)
-    count = torch.full((cells,), group.tq), torch.full((cells,), runs.shape[1])
-    return _Part(1, count[0], own.flatten(), count[1], runs.flatten(0, 1), mask_at, masks)
+        mask_at = torch.where(full[index], -1, index * group.tk * 8)
+    own_ptr, run_ptr = (torch.arange(cells + 1) * n for n in (group.tq, runs.shape[1]))
+    both = torch.tensor([0, cells])
+    return Flat(both, own_ptr, own.flatten(), run_ptr, runs.flatten(0, 1), mask_at, masks.contiguous())
 
 
 def _box_words(group: BoxGroup) -> Int[Tensor, "v tk"]:
@@ -137,73 +206,6 @@ def _axis_words(axis: AxisClass) -> Int[Tensor, "v k"]:
     return steps.cumsum(1)[:, :-1]
 
 
-def _explicit(group: CellGroup, leading: tuple[int, int]) -> _Part:
-    """Flatten cells that list their ids."""
-    allowed = group.allowed if isinstance(group, ExplicitGroup) else group.mask()
-    own, other, allowed = _cut(group.q_ids(), group.k_ids(), allowed)
-    own, other = (x.expand(*leading, *x.shape[2:]).flatten(0, 1) for x in (own, other))
-    leads, cells, width = other.shape
-    present = own >= 0
-    own_count = present.sum(-1)
-    needed, words, full, shared = other >= 0, None, None, False
-    if allowed is not None:
-        if not bool(present.all()):
-            order = (~present).long().argsort(dim=-1, stable=True).view(*leading, cells, own.shape[2])
-            allowed = allowed.expand(*leading, cells, own.shape[2], width).gather(
-                3, order.unsqueeze(-1).expand(*order.shape, width)
-            )
-        alone = allowed.shape[:3] == (1, 1, 1)
-        if not alone:
-            allowed = allowed.expand(*leading, *allowed.shape[2:])
-        words = _words(allowed.flatten(0, 1).expand(-1, -1, own.shape[2], width)).expand(leads, cells, width)
-        seen = _low_bits(own_count).unsqueeze(-1)
-        words = words & seen
-        shared = alone and bool(needed.all()) and bool((own_count == own.shape[2]).all())
-        needed = needed & (words != 0) if not shared else needed
-        full = ((words == seen) | ~needed).all(-1).flatten()
-    needed = needed & (own_count > 0).unsqueeze(-1)
-    run_count, runs = _runs(other, needed)
-    mask_at, masks = torch.full((leads * cells,), -1), torch.zeros(0, dtype=torch.int64)
-    if words is not None and full is not None and shared:
-        masks = words[0, 0].contiguous() if leads * cells else masks
-        mask_at = full.long().neg()
-    elif words is not None and full is not None:
-        partial = needed & ~full.view(leads, cells, 1)
-        masks = words[partial]
-        count = partial.sum(-1).flatten()
-        mask_at = torch.where(full, -1, count.cumsum(0) - count)
-    return _Part(leads, own_count.flatten(), own[present].int(), run_count, runs, mask_at, masks)
-
-
-def _cut(
-    own: Int[Tensor, "b h c tq"], other: Int[Tensor, "b h c tk"], allowed: Bool[Tensor, "..."] | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cut cells of more than LANES own rows; the parts have the same other rows."""
-    tq = own.shape[3]
-    if tq <= LANES:
-        return own, other, allowed
-    pieces = -(-tq // LANES)
-    rest = pieces * LANES - tq
-    own = F.pad(own, (0, rest), value=-1).unflatten(3, (pieces, LANES)).flatten(2, 3)
-    other = other.repeat_interleave(pieces, dim=2)
-    if allowed is not None and allowed.shape[3] > 1:
-        allowed = F.pad(allowed, (0, 0, 0, rest)).unflatten(3, (pieces, LANES)).flatten(2, 3)
-        if allowed.shape[2] == pieces and own.shape[2] != pieces:  # one mask for all cells
-            allowed = allowed.repeat(1, 1, own.shape[2] // pieces, 1, 1)
-    elif allowed is not None and allowed.shape[2] > 1:
-        allowed = allowed.repeat_interleave(pieces, dim=2)
-    return own, other, allowed
-
-
-def _words(mask: Bool[Tensor, "*lead tq tk"]) -> Int[Tensor, "*lead tk"]:
-    """Pack the own rows of every other row into one 64-bit word."""
-    *lead, tq, tk = mask.shape
-    flat = mask.reshape(-1, tq, tk).transpose(1, 2)
-    step = max(1, _CHUNK // max(LANES * tk, 1))
-    parts = [pack_bits(F.pad(part, (0, LANES - tq))) for part in flat.split(step)]
-    return torch.cat(parts).view(torch.int64).view(*lead, tk)
-
-
 def _low_bits(count: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     """Return words whose `count` lowest bits are set, 0 <= count <= 64."""
     shift = torch.ones_like(count) << count.clamp(max=62)
@@ -212,57 +214,37 @@ def _low_bits(count: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     return torch.where(count == 64, -1, words)
 
 
-def _runs(ids: Int[Tensor, "l c tk"], needed: Bool[Tensor, "l c tk"]) -> tuple[Tensor, Tensor]:
-    """Return the number of runs of every cell, and (start, length) of all of them."""
-    leads, cells, width = ids.shape
-    at = needed.reshape(-1).nonzero().flatten()
-    ids = ids.reshape(-1)[at]
-    cell = at // max(width, 1)
-    begins = torch.ones_like(at, dtype=torch.bool)
-    begins[1:] = (ids[1:] != ids[:-1] + 1) | (cell[1:] != cell[:-1])
-    first = begins.nonzero().flatten()
-    length = first.diff(append=torch.tensor([at.numel()]))
-    count = torch.bincount(cell[first], minlength=leads * cells)
-    return count, torch.stack([ids[first], length], dim=1).int()
-
-
-# ---- together ---------------------------------------------------------------------------------------------------
-
-
-def _join(parts: list[_Part], leads: int) -> Flat:
-    """Put the cells of all groups together, those of one set side by side."""
-    none = torch.zeros(0, dtype=torch.int64)
-    own_count = torch.cat([none, *(p.own_count for p in parts)])
-    run_count = torch.cat([none, *(p.run_count for p in parts)])
-    own = torch.cat([none.int(), *(p.own for p in parts)])
-    runs = torch.cat([none.int().view(0, 2), *(p.runs for p in parts)])
-    masks = torch.cat([none, *(p.masks for p in parts)])
-    mask_at, before = [none], 0
+def _joined(parts: Sequence[Flat]) -> Flat:
+    """Put the cells of one set together."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        none = torch.zeros(0, dtype=torch.int64)
+        return Flat(
+            torch.zeros(2).long(),
+            none.new_zeros(1),
+            none.int(),
+            none.new_zeros(1),
+            none.int().view(0, 2),
+            none,
+            none,
+        )
+    mask_ptr, before = [], 0
     for part in parts:
-        mask_at.append(torch.where(part.mask_at < 0, -1, (part.mask_at + before) * 8))
-        before += part.masks.numel()
-    mask_ptr = torch.cat(mask_at)
-    per_lead = [p.own_count.numel() // max(p.leads, 1) for p in parts]
-    if leads > 1 and len(parts) > 1:
-        lead = torch.cat([torch.arange(leads).repeat_interleave(n) for n in per_lead])
-        order = lead.argsort(stable=True)
-        own, runs = _reordered(own, own_count, order), _reordered(runs, run_count, order)
-        own_count, run_count, mask_ptr = own_count[order], run_count[order], mask_ptr[order]
+        mask_ptr.append(torch.where(part.mask_ptr < 0, -1, part.mask_ptr + before))
+        before += 8 * part.masks.numel()
+    own_ptr, run_ptr = (
+        F.pad(torch.cat([p.diff() for p in pointers]).cumsum(0), (1, 0))
+        for pointers in ([p.own_ptr for p in parts], [p.run_ptr for p in parts])
+    )
+    joined = torch.cat(mask_ptr)
     return Flat(
-        torch.arange(leads + 1) * sum(per_lead), _ptr(own_count), own, _ptr(run_count), runs.contiguous(),
-        mask_ptr, masks,
+        torch.tensor([0, joined.numel()]), own_ptr, torch.cat([p.own for p in parts]), run_ptr,
+        torch.cat([p.runs for p in parts]), joined, torch.cat([p.masks for p in parts]),
     )  # fmt: skip
 
 
-def _ptr(count: Int[Tensor, "c"]) -> Int[Tensor, "c1"]:
-    return F.pad(count.cumsum(0), (1, 0))
-
-
-def _reordered(rows: Tensor, count: Int[Tensor, "c"], order: Int[Tensor, "c"]) -> Tensor:
-    """Reorder cells of `count` rows each."""
-    first, count = (count.cumsum(0) - count)[order], count[order]
-    shift = first - (count.cumsum(0) - count)
-    return rows[shift.repeat_interleave(count) + torch.arange(rows.shape[0])]
+# ---- checks -------------------------------------------------------------------------------------------------------
 
 
 def check(flat: Flat, facts: Facts, n_own: int, n_other: int, batch: int, heads: int) -> None:

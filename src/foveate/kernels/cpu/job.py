@@ -10,7 +10,7 @@ from jaxtyping import Float, Float32, Int, Int32
 from torch import Tensor
 
 from foveate.core.errors import bad
-from foveate.kernels.cpu.flatten import Facts, Flat
+from foveate.kernels.cpu.flatten import Facts, Flat, argument
 from foveate.kernels.cpu.library import (
     BACKWARD_KEY,
     BACKWARD_QUERY,
@@ -20,7 +20,6 @@ from foveate.kernels.cpu.library import (
     FORWARD,
     MAX_TERMS,
     SIGMOID,
-    CellsArg,
     Job,
     TensorArg,
     TermArg,
@@ -100,7 +99,7 @@ def forward(call: Call) -> tuple[Float[Tensor, "b h nq dv"], Float32[Tensor, "b 
     if not facts.covers:
         out.zero_()
     job = _job(call)
-    job.out, job.by_query = _tensor(out), cells_argument(flat, facts)
+    job.out, job.by_query = _tensor(out), argument(flat, facts)
     job.lse = lse.data_ptr() if lse.numel() else None
     job.slices = _slices(facts.cells, q.shape[0] * q.shape[1], _TASKS)
     library().launch(FORWARD, job)
@@ -165,7 +164,7 @@ def _query_pass(call: Call, job: Job, wanted: Wanted) -> tuple[Tensor, Tensor | 
     dq = empty_like(call.q, call.q.shape[3])
     if not facts.covers:
         dq.zero_()
-    job.d_q, job.by_query = _tensor(dq), cells_argument(flat, facts)
+    job.d_q, job.by_query = _tensor(dq), argument(flat, facts)
     d_factor = None
     if wanted.factor:
         d_factor = torch.zeros(b, h, n_q)
@@ -202,7 +201,7 @@ def _key_pass(call: Call, job: Job) -> tuple[Tensor, Tensor]:
     if not facts.covers:
         dk.zero_()
         dv.zero_()
-    job.d_k, job.d_v, job.by_key = _tensor(dk), _tensor(dv), cells_argument(flat, facts)
+    job.d_k, job.d_v, job.by_key = _tensor(dk), _tensor(dv), argument(flat, facts)
     job.slices = _slices(facts.cells, call.k.shape[0] * call.k.shape[1], _TASKS)
     library().launch(BACKWARD_KEY, job)
     return dk, dv
@@ -266,16 +265,6 @@ def _tensor(x: Tensor) -> TensorArg:
 def _strides(x: Float32[Tensor, "b h n"]) -> tuple[int, int]:
     """Return the strides of the leading dimensions, 0 where the tensor is shared."""
     return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
-
-
-def cells_argument(flat: Flat, facts: Facts) -> CellsArg:
-    """Return the struct of flattened cells; it points into their tensors."""
-    stride_h = 1 if facts.lead_h > 1 else 0
-    stride_b = facts.lead_h if facts.lead_b > 1 else 0
-    return CellsArg(
-        flat.set_ptr.data_ptr(), stride_b, stride_h, flat.own_ptr.data_ptr(), flat.own.data_ptr(),
-        flat.run_ptr.data_ptr(), flat.runs.data_ptr(), flat.mask_ptr.data_ptr(), flat.masks.data_ptr(),
-    )  # fmt: skip
 
 
 def check(call: Call) -> None:

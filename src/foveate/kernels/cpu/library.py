@@ -20,13 +20,14 @@ from pathlib import Path
 
 from foveate.core.errors import UnsupportedError, unknown
 
-ABI = 2
+ABI = 3
 MAX_TERMS = 4
 # The values of the FV_* enumerations of the header.
 F32, BF16, F16 = 0, 1, 2
 SOFTMAX, SIGMOID = 0, 1
 ISA_NAMES = ("portable", "AVX2", "AVX-512", "AVX-512 BF16")
 FORWARD, BACKWARD_QUERY, BACKWARD_KEY = "fv_forward", "fv_backward_query", "fv_backward_key"
+FLATTEN, TRANSPOSE = "fv_flatten", "fv_transpose"
 _FAILURES = {
     1: "the core was built for another version of this package; install foveate again",
     2: "the core was asked for instructions this CPU does not have",
@@ -60,6 +61,22 @@ class CellsArg(Structure):
         ("runs", c_void_p),
         ("mask_ptr", c_void_p),
         ("masks", c_void_p),
+    )
+
+
+class IdsArg(Structure):
+    """`fv_ids`: cells that list their ids; strides in elements, 0 where shared."""
+
+    _fields_ = (
+        ("own", c_void_p),
+        ("other", c_void_p),
+        ("mask", c_void_p),
+        ("own_stride", c_int64 * 4),
+        ("other_stride", c_int64 * 4),
+        ("mask_stride", c_int64 * 5),
+        ("cells", c_int64),
+        ("n_own", c_int64),
+        ("n_other", c_int64),
     )
 
 
@@ -101,6 +118,7 @@ class Job(Structure):
         ("delta", c_void_p),
         ("d_row_factor", c_void_p),
         ("slices", c_int64),
+        ("parallel", c_void_p),
         ("finish_delta", c_int64),
     )
 
@@ -112,10 +130,12 @@ class Library:
     Attributes:
         handle: the ctypes library.
         best_isa: the fastest instruction set this CPU has, an index into ISA_NAMES.
+        parallel: address of `GOMP_parallel` in the OpenMP runtime that torch brought, None where there is none.
     """
 
     handle: ctypes.CDLL
     best_isa: int
+    parallel: int | None
 
     def launch(self, which: str, job: Job) -> None:
         """Run one of the three entry points.
@@ -123,18 +143,15 @@ class Library:
         Raises:
             UnsupportedError: if the core refuses the job.
         """
-        job.abi = ABI
+        job.abi, job.parallel = ABI, self.parallel
         code = getattr(self.handle, which)(ctypes.byref(job))
         if code:
             raise UnsupportedError(f"backend 'cpu': {_FAILURES.get(code, f'the core returned {code}')}.")
 
-    def transpose(
-        self, cells: CellsArg, sets: int, n_other: int, threads: int
-    ) -> tuple[int | None, tuple[int, ...]]:
-        """Exchange own and other rows: a handle for `fv_transpose_take` (None: no memory), and what to allocate."""
-        sizes = (c_int64 * 4)()
-        made = self.handle.fv_transpose(ctypes.byref(cells), sets, n_other, threads, sizes)
-        return made, tuple(sizes)
+    def make(self, which: str, *arguments) -> tuple[int | None, tuple[int, ...]]:
+        """Make flat cells: a handle for `fv_flat_take` (None: it failed), and the sizes the header tells of."""
+        sizes = (c_int64 * 6)()
+        return getattr(self.handle, which)(*arguments, sizes), tuple(sizes)
 
 
 def library_path() -> Path:
@@ -170,16 +187,38 @@ def _load() -> Library | str:
         for which in (FORWARD, BACKWARD_QUERY, BACKWARD_KEY):
             function = getattr(handle, which)
             function.argtypes, function.restype = (POINTER(Job),), c_int
+        handle.fv_flatten.argtypes = POINTER(IdsArg), *(c_int64,) * 5, c_int32, POINTER(c_int64)
         handle.fv_transpose.argtypes = POINTER(CellsArg), c_int64, c_int64, c_int32, POINTER(c_int64)
-        handle.fv_transpose.restype = c_void_p
-        handle.fv_transpose_take.argtypes, handle.fv_transpose_take.restype = (c_void_p,) * 8, None
+        handle.fv_flatten.restype = handle.fv_transpose.restype = c_void_p
+        handle.fv_flat_take.argtypes, handle.fv_flat_take.restype = (c_void_p,) * 8, None
     except (OSError, AttributeError) as error:
         return f"the C++ core could not be loaded ({error})"
     # A job without work answers 0 when both sides have the same version.
     code = handle.fv_forward(ctypes.byref(Job(abi=ABI)))
     if code:
         return _FAILURES.get(code, f"the C++ core returned {code}")
-    return Library(handle, int(handle.fv_best_isa()))
+    return Library(handle, int(handle.fv_best_isa()), _torch_threads())
+
+
+def _torch_threads() -> int | None:
+    """Find how torch's own OpenMP runtime starts a parallel region.
+
+    Idle OpenMP threads spin for milliseconds after torch's last operator. A second pool would compete with them for
+    the cores; the same runtime's threads are there already. GNU's and LLVM's runtimes both have the entry point.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/" in line}
+    runtimes = [p for p in paths if Path(p).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    if len(runtimes) != 1:  # with several, nobody knows which one torch uses
+        return None
+    try:
+        entry = ctypes.CDLL(runtimes[0]).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(entry, c_void_p).value
 
 
 def library() -> Library:

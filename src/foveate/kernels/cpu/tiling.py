@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from foveate.kernels.constants import constant
-from foveate.kernels.cpu.flatten import LANES, Facts, Flat, flatten
-from foveate.kernels.cpu.transpose import transposed
+from foveate.kernels.cpu.flatten import LANES, Facts, Flat, flatten, transposed
 from foveate.patterns.basic import BlockList
 from foveate.patterns.lower import default_tile, lower
 from foveate.patterns.schedule import Schedule
@@ -72,10 +71,18 @@ def single(schedule: Schedule) -> Schedule:
     Raises:
         ArgumentError: if an id lies outside of the schedule's lengths.
     """
-    schedule.memo("cpu checked", lambda: schedule.validate(disjoint=False) and None)
-    if schedule.is_single_cell:
+    if schedule.product is not None or _flattened(schedule)[2]:
         return schedule
     return schedule.memo("cpu single", lambda: schedule.transpose(LANES).transpose(LANES))
+
+
+def flat(schedule: Schedule) -> tuple[Flat, Facts]:
+    """Return `flatten(schedule)`, kept with the schedule."""
+    return _flattened(schedule)[:2]
+
+
+def _flattened(schedule: Schedule) -> tuple[Flat, Facts, bool]:
+    return schedule.memo("cpu flat", lambda: flatten(schedule))
 
 
 def by_key(schedule: Schedule) -> tuple[Flat, Facts]:
@@ -99,11 +106,6 @@ def _closed_by_key(schedule: Schedule) -> Schedule:
         return Schedule(schedule.n_k, schedule.n_q, new.groups(), "sum", product=new)
 
     return schedule.memo("cpu closed by key", make)
-
-
-def flat(schedule: Schedule) -> tuple[Flat, Facts]:
-    """Return `flatten(schedule)`, kept with the schedule."""
-    return schedule.memo("cpu flat", lambda: flatten(schedule))
 
 
 def packed(schedule: Schedule, with_keys: bool) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

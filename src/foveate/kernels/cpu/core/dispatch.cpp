@@ -42,32 +42,47 @@ Run choose(int isa) {
     return fv_portable::run;
 }
 
+// Tasks are taken one by one by whoever is free; which thread does one changes no number.
+struct Work {
+    Run run;
+    int kind;
+    const fv_job* job;
+    int64_t tasks, floats;
+    float* memory;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> threads{0};
+};
+
+void work(void* data) {
+    Work& w = *static_cast<Work*>(data);
+    float* memory = w.memory + w.floats * w.threads.fetch_add(1);
+    for (int64_t t; (t = w.next.fetch_add(1)) < w.tasks;) w.run(w.kind, *w.job, t, t + 1, memory);
+}
+
 int launch(int kind, const fv_job* job) {
     if (job->abi != FV_ABI) return 1;
     if (job->isa > fv_best_isa()) return 2;
-    const Run run = choose(job->isa);
     const int64_t heads = kind == 2 ? job->kv_heads : job->heads;
-    const int64_t tasks = job->batch * heads * job->slices;
-    if (tasks == 0) return 0;
-    const int64_t floats = fv_portable::workspace_floats();
-    const int n_threads = static_cast<int>(std::min<int64_t>(job->threads > 0 ? job->threads : 1, tasks));
-    float* memory = static_cast<float*>(std::aligned_alloc(64, (floats * 4 * n_threads + 63) / 64 * 64));
-    if (!memory) return 3;
-    std::atomic<int64_t> next{0};
-    auto work = [&](int id) {
-        for (int64_t t; (t = next.fetch_add(1)) < tasks;) run(kind, *job, t, t + 1, memory + id * floats);
-    };
-    std::vector<std::thread> pool;
-    for (int id = 1; id < n_threads; ++id) {
-        try {
-            pool.emplace_back(work, id);
-        } catch (...) {
-            break;  // fewer threads than asked for: the others take the tasks
+    Work w{choose(job->isa), kind, job, job->batch * heads * job->slices, fv_portable::workspace_floats(), nullptr};
+    if (w.tasks == 0) return 0;
+    const int n_threads = static_cast<int>(std::min<int64_t>(job->threads > 0 ? job->threads : 1, w.tasks));
+    w.memory = static_cast<float*>(std::aligned_alloc(64, (w.floats * 4 * n_threads + 63) / 64 * 64));
+    if (!w.memory) return 3;
+    if (job->parallel && n_threads > 1) {
+        job->parallel(work, &w, static_cast<unsigned>(n_threads), 0);
+    } else {
+        std::vector<std::thread> pool;
+        for (int id = 1; id < n_threads; ++id) {
+            try {
+                pool.emplace_back(work, &w);
+            } catch (...) {
+                break;  // fewer threads than asked for: the others take the tasks
+            }
         }
+        work(&w);
+        for (auto& thread : pool) thread.join();
     }
-    work(0);
-    for (auto& thread : pool) thread.join();
-    std::free(memory);
+    std::free(w.memory);
     return 0;
 }
 

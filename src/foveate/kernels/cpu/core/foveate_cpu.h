@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-enum { FV_ABI = 2 };
+enum { FV_ABI = 3 };
 enum { FV_F32 = 0, FV_BF16 = 1, FV_F16 = 2 };
 enum { FV_SOFTMAX = 0, FV_SIGMOID = 1 };
 enum { FV_PORTABLE = 0, FV_AVX2 = 1, FV_AVX512 = 2, FV_AVX512_BF16 = 3 };
@@ -48,6 +48,9 @@ typedef struct {
     int64_t base;
 } fv_term;
 
+// Runs fn(data) on at most `threads` threads and returns when all are done.
+typedef void (*fv_parallel)(void (*fn)(void* data), void* data, unsigned threads, unsigned flags);
+
 typedef struct {
     int32_t abi, dtype, rule, isa, threads, n_terms;
     int64_t batch, heads, kv_heads, n_q, n_k, dim, dim_v;
@@ -64,6 +67,9 @@ typedef struct {
     float* delta;         // (B, H, n_q) contiguous: sum_j out * d_out, minus the gradient of lse
     float* d_row_factor;  // (B, H, n_q) contiguous or NULL
     int64_t slices;       // fixed slices of the cells of one (b, h): the unit of gradient accumulation
+    // GOMP_parallel of the OpenMP runtime that the caller's own threads belong to, so that no two pools compete for the
+    // cores. NULL: threads of the core's own.
+    fv_parallel parallel;
     int64_t finish_delta; // 1: `delta` holds minus the gradient of lse, fv_backward_query adds sum_j out * d_out
 } fv_job;
 
@@ -72,13 +78,26 @@ FV_API int fv_forward(const fv_job* job);
 FV_API int fv_backward_query(const fv_job* job);  // d_q, gradients of the terms, d_row_factor
 FV_API int fv_backward_key(const fv_job* job);    // d_k, d_v
 
-// The cells of every set with own and other rows exchanged; each other row is owned by one new cell at most.
-// `sizes` receives the numbers of cells, own rows, runs and mask words; NULL when memory runs out. `fv_transpose_take`
-// copies them out and frees `made`; set_ptr has sets + 1 entries.
-typedef struct fv_transposed fv_transposed;
-FV_API fv_transposed* fv_transpose(const fv_cells* cells, int64_t sets, int64_t n_other, int32_t threads, int64_t* sizes);
-FV_API void fv_transpose_take(fv_transposed* made, int64_t* set_ptr, int64_t* own_ptr, int32_t* own, int64_t* run_ptr,
-                              int32_t* runs, int64_t* mask_ptr, uint64_t* masks);
+// Cells that list their ids, int64, -1: absent. Strides in elements over (b, h, cell, row), 0 where shared; `mask` (NULL:
+// every pair of present rows) over (b, h, cell, own, other).
+typedef struct {
+    const int64_t* own;
+    const int64_t* other;
+    const uint8_t* mask;
+    int64_t own_stride[4], other_stride[4], mask_stride[5];
+    int64_t cells, n_own, n_other;
+} fv_ids;
+
+// Makers of flat cells; rows in none get cells without other rows, so that every row's result is written. `sizes` receives the numbers of cells, own rows, runs and mask words, then whether an id was out
+// of range, then whether no row is owned twice. NULL: an id was out of range, or memory ran out (sizes[4] tells).
+// `fv_flat_take` copies the arrays out and frees `made`; set_ptr has one entry more than there are sets.
+typedef struct fv_flat fv_flat;
+FV_API fv_flat* fv_flatten(const fv_ids* groups, int64_t n_groups, int64_t lead_b, int64_t lead_h, int64_t n_own,
+                           int64_t n_other, int32_t threads, int64_t* sizes);
+// Own and other rows exchanged; each other row is owned by one new cell at most.
+FV_API fv_flat* fv_transpose(const fv_cells* cells, int64_t sets, int64_t n_other, int32_t threads, int64_t* sizes);
+FV_API void fv_flat_take(fv_flat* made, int64_t* set_ptr, int64_t* own_ptr, int32_t* own, int64_t* run_ptr, int32_t* runs,
+                         int64_t* mask_ptr, uint64_t* masks);
 
 #ifdef __cplusplus
 }

@@ -3,26 +3,15 @@
 //
 // Rows that stand in the same cells are put together, up to 64 in a new cell: routed regions and clusters then need
 // no masks. A new cell's other rows are the own rows of every old cell that one of its rows stands in.
-#include <algorithm>
-#include <atomic>
-#include <cstring>
-#include <new>
-#include <thread>
-#include <vector>
-
-#include "foveate_cpu.h"
+#include "parts.h"
 
 namespace {
 
-constexpr int LANES = 64;
+using fv::LANES;
+using fv::Part;
+
 // Families of at least this many rows get cells of their own; smaller ones share.
 constexpr int ALONE = 16;
-
-struct Part {  // the new cells of one set
-    std::vector<int32_t> own, runs;
-    std::vector<int64_t> own_count, run_count, mask_at;  // mask_at: position in `words`, -1: none
-    std::vector<uint64_t> words;
-};
 
 struct Entry {  // a row stands in column `column` of cell `cell`; repeats in one cell count as further cells
     int32_t cell, column;
@@ -34,8 +23,6 @@ uint64_t mix(uint64_t x) {
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     return x ^ (x >> 31);
 }
-
-uint64_t low_bits(int64_t n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 
 class Transposer {
    public:
@@ -59,6 +46,9 @@ class Transposer {
             write(order.data() + at, (int)(end - at));
             at = end;
         }
+        std::vector<uint8_t> owned(n_other_);
+        for (int64_t id = 0; id < n_other_; ++id) owned[id] = entry_ptr_[id] < entry_ptr_[id + 1];
+        fv::own_the_rest(out_, owned);
     }
 
    private:
@@ -139,8 +129,8 @@ class Transposer {
         out_.own.insert(out_.own.end(), keys, keys + n);
         out_.own_count.push_back(n);
         out_.mask_at.push_back(full ? -1 : (int64_t)out_.words.size());
-        int64_t row = 0, runs = 0;
-        int32_t next = -1;
+        int64_t row = 0;
+        fv::Runs runs{out_};
         for (int32_t cell : touched_) {
             int64_t c = first_ + cell % n_cells_;
             for (int64_t o = cells_.own_ptr[c]; o < cells_.own_ptr[c + 1]; ++o, ++row) {
@@ -148,17 +138,11 @@ class Transposer {
                     if (!bits_[row]) continue;
                     out_.words.push_back(bits_[row]);
                 }
-                if (cells_.own[o] == next) {
-                    ++out_.runs.back();
-                } else {
-                    out_.runs.push_back(cells_.own[o]), out_.runs.push_back(1);
-                    ++runs;
-                }
-                next = cells_.own[o] + 1;
+                runs.add(cells_.own[o]);
             }
             slot_[cell] = -1;
         }
-        out_.run_count.push_back(runs);
+        out_.run_count.push_back(runs.count);
     }
 
     // bits_: for every own row of the touched cells, which of the n keys it sees. True when all see all.
@@ -178,7 +162,7 @@ class Transposer {
                 }
             }
         }
-        uint64_t all = low_bits(n);
+        uint64_t all = fv::low_bits(n);
         for (uint64_t word : bits_)
             if (word != all) return false;
         return true;
@@ -194,69 +178,19 @@ class Transposer {
     std::vector<uint64_t> bits_;
 };
 
-template <class T>
-T* put(T* to, const std::vector<T>& from) {
-    if (!from.empty()) std::memcpy(to, from.data(), from.size() * sizeof(T));
-    return to + from.size();
-}
-
 }  // namespace
 
-struct fv_transposed {
-    std::vector<Part> parts;
-};
-
-fv_transposed* fv_transpose(const fv_cells* cells, int64_t sets, int64_t n_other, int32_t threads, int64_t* sizes) try {
-    auto* made = new fv_transposed{std::vector<Part>(sets)};
-    std::atomic<int64_t> next{0};
-    std::atomic<bool> failed{false};
-    auto work = [&] {
-        try {
-            for (int64_t s; (s = next.fetch_add(1)) < sets;)
-                Transposer(*cells, cells->set_ptr[s], cells->set_ptr[s + 1], n_other, made->parts[s]).run();
-        } catch (...) {
-            failed = true;
-        }
-    };
-    std::vector<std::thread> pool;
-    for (int64_t id = 1; id < std::min<int64_t>(threads, sets); ++id) {
-        try {
-            pool.emplace_back(work);
-        } catch (...) {
-            break;
-        }
-    }
-    work();
-    for (auto& thread : pool) thread.join();
-    if (failed) {
-        delete made;
-        return nullptr;
-    }
-    for (int i = 0; i < 4; ++i) sizes[i] = 0;
-    for (const Part& p : made->parts) {
-        sizes[0] += (int64_t)p.own_count.size();
-        sizes[1] += (int64_t)p.own.size();
-        sizes[2] += (int64_t)p.runs.size() / 2;
-        sizes[3] += (int64_t)p.words.size();
-    }
-    return made;
-} catch (...) {
-    return nullptr;
-}
-
-void fv_transpose_take(fv_transposed* made, int64_t* set_ptr, int64_t* own_ptr, int32_t* own, int64_t* run_ptr, int32_t* runs,
-                       int64_t* mask_ptr, uint64_t* masks) {
-    int64_t cell = 0, words = 0;
-    *set_ptr++ = 0, *own_ptr = 0, *run_ptr = 0;
-    for (const Part& p : made->parts) {
-        for (size_t c = 0; c < p.own_count.size(); ++c, ++cell) {
-            own_ptr[cell + 1] = own_ptr[cell] + p.own_count[c];
-            run_ptr[cell + 1] = run_ptr[cell] + p.run_count[c];
-            mask_ptr[cell] = p.mask_at[c] < 0 ? -1 : 8 * (words + p.mask_at[c]);
-        }
-        *set_ptr++ = cell;
-        words += (int64_t)p.words.size();
-        own = put(own, p.own), runs = put(runs, p.runs), masks = put(masks, p.words);
+fv_flat* fv_transpose(const fv_cells* cells, int64_t sets, int64_t n_other, int32_t threads, int64_t* sizes) try {
+    auto* made = new fv_flat{std::vector<Part>(sets)};
+    bool ok = fv::for_each_set(sets, threads, [&](int64_t s) {
+        Transposer(*cells, cells->set_ptr[s], cells->set_ptr[s + 1], n_other, made->parts[s]).run();
+    });
+    if (ok) {
+        fv::count(*made, sizes);
+        return made;
     }
     delete made;
+    return nullptr;
+} catch (...) {
+    return nullptr;
 }
