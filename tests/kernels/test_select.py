@@ -14,7 +14,7 @@ from foveate.patterns.basic import Causal, Full, SlidingWindow
 from foveate.patterns.grids import Neighborhood
 from foveate.patterns.selection import Selection
 from foveate.patterns.specials import with_specials
-from foveate.scores.rules import Sigmoid
+from foveate.scores.rules import ReLU, Sigmoid
 from foveate.scores.temperature import SoftCap
 
 
@@ -41,7 +41,7 @@ def test_sparse_goes_to_cells_and_dense_to_sdpa():
 
 
 def test_what_only_the_reference_can_do():
-    chosen = choose(64, weigh=Sigmoid())
+    chosen = choose(64, weigh=ReLU())
     assert chosen.backend == "reference"
     assert "softmax only" in chosen.reasons["sdpa"]
     assert "every pair is needed" in chosen.reasons["tiles"]

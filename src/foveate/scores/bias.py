@@ -66,8 +66,7 @@ class Gathered(Additive):
 
     This carries every position term that is a product of the query (or the key) with a small table of
     embeddings: U is that product, and f says which row of the table a pair reads. With a grid, decomposed
-        2-d terms are two
-    Gathered scores, one per axis:
+    2-d terms are two Gathered scores, one per axis:
 
         rows = q @ table_y.T                                       # (B, H, N, 2 * H_grid - 1)
         Gathered(rows, lambda q, k: k[0] - q[0] + grid[0] - 1, grid=grid)
@@ -79,12 +78,14 @@ class Gathered(Additive):
             broadcast to (t_q, t_k). Indices at pairs that may not attend must be in range too, clamp them.
         side: whose row is read.
         grid: geometry of the tokens, None = positions on one axis.
+        query_grid: another grid for the queries; coordinates of both start at 0.
     """
 
     U: Tensor
     f: Callable[[Coords, Coords], Int[Tensor, "..."]]
     side: Literal["query", "key"] = "query"
     grid: Grid | None = None
+    query_grid: Grid | None = None
 
     def __post_init__(self):
         if self.side not in ("query", "key"):
@@ -102,7 +103,7 @@ class Gathered(Additive):
 
     def values(self, at: Pairs) -> Float[Tensor, "b h *cells tq tk"]:
         """Return the looked-up biases."""
-        index = self.f(at.query_coords(self.grid), at.key_coords(self.grid))
+        index = self.f(at.query_coords(self.query_grid or self.grid), at.key_coords(self.grid))
         u, ids = self.U, at.q
         tq, tk = at.q.shape[-1], at.k.shape[-1]
         if self.side == "key":

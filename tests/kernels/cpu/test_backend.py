@@ -248,7 +248,7 @@ W20 = SlidingWindow(3)
 HALVES = torch.arange(20).view(1, 1, 2, 10)
 ONES = torch.ones(20)
 REFUSED = {
-    "every pair is needed": {},
+    "left to torch's SDPA": {},
     "not in float64": {"where": W20, "dtype": torch.float64},
     "multiples of 8": {"where": W20, "d": 12},
     "not by ReLU": {"where": W20, "weigh": ReLU()},
@@ -276,6 +276,26 @@ def test_refusals_name_the_reason(reason):
     x = torch.randn(1, 2, 20, options.pop("d", 8), dtype=options.pop("dtype", torch.float32))
     with pytest.raises(UnsupportedError, match=f"(?i){reason}"):
         attend(x, x, x, backend="cpu", **options)
+
+
+DENSE = {
+    "relative table": lambda: {"score": RelativeTable(torch.randn(2, 7, 9, requires_grad=True), Grid(4, 5))},
+    "sigmoid": lambda: {"weigh": Sigmoid(-1.0)},
+    "sink": lambda: {"weigh": Softmax(sink=torch.randn(2))},
+    "row factor": lambda: {"score": RowFactor(torch.rand(1, 2, 20))},
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_attention_with_scores(name):
+    options = DENSE[name]()
+    inputs = [t.float().requires_grad_() for t in tensors(20, h=2, hkv=2)]
+    found = []
+    for backend in ("cpu", "reference"):
+        out = attend(*inputs, backend=backend, **options)
+        found.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_scores_are_refused_by_name():

@@ -31,8 +31,9 @@ from foveate.kernels.cpu.tiling import (
     tile_of,
 )
 from foveate.kernels.problem import Problem
+from foveate.patterns.basic import Full
 from foveate.patterns.schedule import Schedule
-from foveate.scores.rules import NEG_INF
+from foveate.scores.rules import NEG_INF, Softmax
 
 NAME = "cpu"
 # One call through Python, in nanoseconds.
@@ -46,8 +47,8 @@ def _absent() -> str | None:
 
 def refuse(problem: Problem) -> str | None:
     """Say why this backend cannot serve the problem, None if it can. Reads ids of routed cells, no other tensor."""
-    if problem.where is None:
-        return "there is no `where`: every pair is needed and no cell can be skipped"
+    if problem.where is None and _plain(problem):
+        return "dense attention without scores is left to torch's SDPA; where=Full() lets the core do it"
     if problem.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {problem.device.type!r}"
     missing = _absent()
@@ -67,11 +68,23 @@ def refuse(problem: Problem) -> str | None:
     return terms.refuse(problem, lambda: _reach(problem, None))
 
 
+def _plain(problem: Problem) -> bool:
+    """Whether nothing stands between the products and a plain softmax, so that torch's SDPA has it all."""
+    if type(problem.weigh) is not Softmax or problem.weigh.sink is not None or problem.return_lse:
+        return False
+    return len(problem.score) + len(problem.after) == 0
+
+
+def _where(problem: Problem) -> Any:
+    """The static pattern; without `where` the core does what it can do better than a dense kernel without lse."""
+    return Full() if problem.where is None else problem.where
+
+
 def tile(problem: Problem) -> tuple[int, ...] | None:
     """Return the queries of a cell per axis that cost least; None where cells are given."""
-    if problem.where is None or problem.schedule is not None:
+    if problem.schedule is not None:
         return None
-    return _static_tile(problem.where, fixed(problem.n_q), fixed(problem.n_k))
+    return _static_tile(_where(problem), fixed(problem.n_q), fixed(problem.n_k))
 
 
 @constant_while_tracing
@@ -84,7 +97,7 @@ def nanoseconds(problem: Problem, tile: tuple[int, ...] | None) -> float:
     width = problem.d + problem.d_v
     schedule = problem.schedule
     if schedule is None:
-        one = static_cost(problem.where, fixed(problem.n_q), fixed(problem.n_k), tile, fixed(width))
+        one = static_cost(_where(problem), fixed(problem.n_q), fixed(problem.n_k), tile, fixed(width))
     else:
         schedule = single(schedule)
         one = cost(schedule, width)
@@ -133,7 +146,7 @@ def run(problem: Problem, plan: Any) -> tuple[Float[Tensor, "b h nq dv"], Float[
 
 def _cells(problem: Problem, plan: Any, with_keys: bool) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     if problem.schedule is None:
-        return static_packed(problem.where, fixed(problem.n_q), fixed(problem.n_k), plan.tile, with_keys)
+        return static_packed(_where(problem), fixed(problem.n_q), fixed(problem.n_k), plan.tile, with_keys)
     schedule: Schedule = plan.schedule
     return packed(schedule.to("cpu"), with_keys)
 
@@ -141,7 +154,7 @@ def _cells(problem: Problem, plan: Any, with_keys: bool) -> tuple[tuple[Tensor, 
 def _reach(problem: Problem, tile: tuple[int, ...] | None) -> tuple | None:
     if problem.schedule is not None:
         return reach(problem.schedule)
-    return static_reach(problem.where, fixed(problem.n_q), fixed(problem.n_k), tile)
+    return static_reach(_where(problem), fixed(problem.n_q), fixed(problem.n_k), tile)
 
 
 def _nothing(problem: Problem, read: terms.Terms) -> tuple[Tensor, Tensor | None]:

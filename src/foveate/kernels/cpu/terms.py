@@ -202,8 +202,11 @@ def _gathered(part: Gathered, problem: Problem) -> tuple[Linear, tuple[int, ...]
     """Return the proved form of `f` with the grids it counts on, or why it cannot be used."""
     if problem.frame is not None:
         return "Gathered with phantom keys is not known to the core"
-    q_sizes = (problem.n_q,) if part.grid is None else part.grid.sizes
+    query_grid = part.query_grid or part.grid
+    q_sizes = (problem.n_q,) if query_grid is None else query_grid.sizes
     k_sizes = (problem.n_k,) if part.grid is None else part.grid.sizes
+    if len(q_sizes) != len(k_sizes):
+        return "Gathered counts queries and keys on grids of different numbers of axes"
     if math.prod(q_sizes) != problem.n_q or math.prod(k_sizes) != problem.n_k:
         return "Gathered counts on a grid that is not that of the tokens"
     form = linear_form(part.f, len(q_sizes))
