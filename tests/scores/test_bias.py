@@ -79,6 +79,22 @@ def test_gathered_reproduces_decomposed_relative_positions():
     torch.testing.assert_close(got, attend(q, q, q, mask=bias, backend="reference"))
 
 
+def test_gathered_with_queries_on_a_grid_of_their_own():
+    grid, asks = Grid(4, 6), Grid(2, 3)
+    u = torch.randn(1, H, 6, 11, dtype=torch.float64)
+    score = Gathered(u, lambda q, k: k[1] - 2 * q[1] + 5, grid=grid, query_grid=asks)
+    want, got = dense_and_cells(score, 6, 24, per_head=True)
+    assert torch.equal(want, got)
+    qx, kx = torch.arange(6) % 3, torch.arange(24) % 6
+    index = (kx[None] - 2 * qx[:, None] + 5).expand(1, H, 6, 24)
+    assert torch.equal(score.values(Pairs.full(6, 24)), u.gather(-1, index))
+    q, k = torch.randn(1, H, 6, 4), torch.randn(1, H, 24, 4)
+    score = Gathered(u.float(), score.f, grid=grid, query_grid=asks)
+    torch.testing.assert_close(
+        attend(q, k, k, score=score), attend(q, k, k, score=score, backend="reference")
+    )
+
+
 def test_gradients():
     bias, b = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     assert gradients(lambda bias, b: {"score": [Bias(bias), KeyBias(b)]}, bias, b)

@@ -31,3 +31,4 @@ from foveate.patterns.segments import Segments as Segments
 from foveate.patterns.selection import Selection as Selection
 from foveate.patterns.specials import Specials as Specials
 from foveate.patterns.specials import with_specials as with_specials
+from foveate.patterns.subsample import Subsampled as Subsampled

@@ -94,12 +94,14 @@ class Gathered(Additive):
             raise bad("Gathered.f", self.f, "a function of query and key coordinates")
 
     def check(self, extent: Extent) -> None:
-        """Raise unless U has one row per query (or key)."""
+        """Raise unless U has one row per query (or key) and `query_grid` has N_q tokens."""
         need_float(self, "U", self.U)
         n, name = (extent.n_q, "N_q") if self.side == "query" else (extent.n_k, "N_k")
         if self.U.ndim != 4 or self.U.shape[2] != n:
             raise bad("Gathered.U", tuple(self.U.shape), f"(B or 1, H or 1, {name} = {n}, R)")
         check_fits(self, "U", self.U.shape[:3], (extent.batch, extent.heads, n), f"(B, H, {name})")
+        if self.query_grid is not None:
+            self.query_grid.check_tokens(extent.n_q, "N_q")
 
     def values(self, at: Pairs) -> Float[Tensor, "b h *cells tq tk"]:
         """Return the looked-up biases."""
