@@ -58,7 +58,7 @@ def rotary(
     if positions.ndim > x.ndim - 1 or not all(p in (1, n) for p, n in lengths):
         raise bad("positions", tuple(positions.shape), f"a shape that broadcasts to {tuple(x.shape[:-1])}")
     angles = positions.to(compute).unsqueeze(-1) * _frequencies(dims, base, compute, x.device)
-    turned = _rotate(x[..., :dims].to(compute), angles.cos(), angles.sin(), style).to(x.dtype)
+    turned = rotate(x[..., :dims].to(compute), angles.cos(), angles.sin(), style).to(x.dtype)
     return turned if dims == d else torch.cat([turned, x[..., dims:]], dim=-1)
 
 
@@ -91,14 +91,20 @@ def axial_rotary(
     return torch.cat(turned, dim=-1)
 
 
-def _frequencies(dims: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    exponents = torch.arange(0, dims, 2, dtype=dtype, device=device) / max(dims, 1)
-    return base**-exponents
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, style: Style) -> Tensor:
+def rotate(
+    x: Float[Tensor, "*batch n d"],
+    cos: Float[Tensor, "*#batch n half"],
+    sin: Float[Tensor, "*#batch n half"],
+    style: Style = "half",
+) -> Float[Tensor, "*batch n d"]:
+    """Rotate channel pairs by angles given as cosines and sines, one per pair (stretched or learned ones, say)."""
     if style == "half":
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
     a, b = x[..., 0::2], x[..., 1::2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+
+def _frequencies(dims: int, base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    exponents = torch.arange(0, dims, 2, dtype=dtype, device=device) / max(dims, 1)
+    return base**-exponents
