@@ -30,6 +30,7 @@ LAZY = {("patterns", "matplotlib")}
 SIBLINGS = {
     "kernels": {"reference", "sdpa", "tiles", "cpu", "flex", "triton"},
     "kernels.scan": {"reference", "chunk", "recurrent", "triton"},
+    "kernels.sample": {"reference", "bag", "grid"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

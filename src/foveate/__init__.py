@@ -23,6 +23,7 @@ from foveate.cost.explain import explain as explain
 from foveate.kernels.attend import apply as apply
 from foveate.kernels.attend import attend as attend
 from foveate.kernels.merge import merge as merge
+from foveate.kernels.sample.api import sample as sample
 from foveate.kernels.scan.api import normalized_scan as normalized_scan
 from foveate.kernels.scan.api import scan as scan
 from foveate.kernels.scan.api import scan_step as scan_step
