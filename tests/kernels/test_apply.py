@@ -71,6 +71,13 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda w, v: apply(w, v, Causal()), (dense, v))
 
 
+def test_cells_over_a_single_key_hold_it_once():
+    ids = torch.tensor([[-1, 0, -1]]).reshape(1, 1, 1, 3)
+    where = Selection(ids, ids, n_q=1, n_k=1, combine="sum")
+    w, v = torch.randn(2, 2, 1, 3, 3), torch.randn(2, 2, 1, 5)
+    torch.testing.assert_close(apply(w, v, where), w[:, :, 0, 1:2, 1:2] @ v)
+
+
 def test_no_keys_give_zeros():
     assert (apply(torch.zeros(1, 2, 3, 0), torch.zeros(1, 2, 0, 4)) == torch.zeros(1, 2, 3, 4)).all()
 

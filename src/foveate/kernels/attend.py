@@ -143,7 +143,9 @@ def apply(
             at = Pairs(q_ids, k_ids, n_q=schedule.n_q, n_k=schedule.n_k)
             mask = group.mask()
             allowed = at.present if mask is None else at.present & mask.to(device)
-            outs.append(part.to(compute).masked_fill(~allowed, 0.0) @ take_rows(values, at.k))
+            # A single row is not looked up but left to broadcast, which a product does not do.
+            rows = take_rows(values, at.k).expand(-1, -1, *at.k.shape[2:], -1)
+            outs.append(part.to(compute).masked_fill(~allowed, 0.0) @ rows)
             ids.append(q_ids)
         shape = (batch, heads, schedule.n_q, v.shape[-1])
         return combine_cells(outs, ids, schedule.combine, shape, values).to(v.dtype)
