@@ -8,6 +8,7 @@ from foveate.advise import shapes
 from foveate.advise.compare import compare
 from foveate.advise.settings import Shape
 from foveate.core.errors import FoveateError
+from foveate.kernels.cpu.library import absent
 from foveate.measure.schema import validate
 from tests.advise.tiny import Tiny
 
@@ -172,3 +173,17 @@ def test_threads_are_set_for_the_run_only(toys):
     found = compare(["shapes"], mechanisms=["toy_good"], shape=TINY, budget_s=1, threads=1)
     assert found.document["fingerprint"]["threads"] == 1
     assert torch.get_num_threads() == before
+
+
+def test_what_ran_on_the_core_is_timed_on_tiles_too(tmp_path):
+    shape = Shape(grid=(48, 48), heads=2, head_dim=16)
+    found = compare(["shapes"], mechanisms=["swin"], shape=shape, budget_s=30, out=tmp_path)
+    assert validate(found.document) == []
+    rows = by_key(found, "shapes")
+    assert rows["full_attention"]["backends"] == ["sdpa"]
+    assert "core_gain" not in rows["full_attention"]
+    swin = rows["swin"]
+    assert swin["backends"] == (["tiles"] if absent() else ["cpu"])
+    assert ("core_gain" in swin) == (absent() is None)
+    page = (tmp_path / "report.html").read_text()
+    assert ("core vs tiles" in page) == (absent() is None)

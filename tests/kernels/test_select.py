@@ -9,7 +9,7 @@ from foveate.core.errors import UnknownNameError, UnsupportedError
 from foveate.kernels.attend import attend
 from foveate.kernels.cpu.library import absent
 from foveate.kernels.problem import Problem
-from foveate.kernels.select import BACKENDS, plan
+from foveate.kernels.select import BACKENDS, plan, watch_plans
 from foveate.patterns.basic import Causal, Full, SlidingWindow
 from foveate.patterns.grids import Neighborhood
 from foveate.patterns.selection import Selection
@@ -142,3 +142,15 @@ def test_empty_problems_have_a_plan():
     chosen = choose(0, where=SlidingWindow(2))
     assert chosen.pairs_needed == chosen.pairs_computed == 0
     assert chosen.speedup_bound == float("inf")
+
+
+def test_plans_that_run_are_seen_by_those_who_watch():
+    q = torch.randn(1, 1, 8, 8)
+    with watch_plans() as outer:
+        attend(q, q, q)
+        with watch_plans() as inner:
+            attend(q, q, q, backend="reference")
+        choose(8)  # planned, not run
+    attend(q, q, q)
+    assert [p.backend for p in outer] == ["sdpa", "reference"]
+    assert [p.backend for p in inner] == ["reference"]

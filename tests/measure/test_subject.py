@@ -1,11 +1,13 @@
 import pytest
 import torch
 
-from foveate.core.errors import bad
+from foveate.core.errors import UnsupportedError, bad
 from foveate.core.grid import Grid
 from foveate.core.registry import Facts
+from foveate.kernels.attend import attend
 from foveate.measure.subject import Subject
 from foveate.measure.timer import time_interleaved
+from foveate.patterns.basic import SlidingWindow
 from tests.measure.toys import ToyAttention, gate_toy, toy
 
 
@@ -58,3 +60,27 @@ def test_backend_is_asked_for_and_restored():
     assert subject.module.backend == "auto"
     with gate_toy().backend("reference") as has:
         assert not has
+
+
+class Attends(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backend = "auto"
+
+    def forward(self, x, grid):
+        x = x[:, None]
+        return attend(x, x, x, where=SlidingWindow(3), backend=self.backend)[:, 0]
+
+
+def test_backends_are_those_that_ran():
+    subject = Subject("attends", Attends(), Grid(64), 8, "tokens")
+    x = subject.sample()
+    with subject.backend("reference"):
+        assert subject.backends(x) == ["reference"]
+    found = time_interleaved({"tiles": subject.forward_call_on(x, "tiles")}, max_repeats=3)
+    assert not found.errors
+    assert subject.module.backend == "auto"
+    bare = gate_toy()
+    assert bare.backends(bare.sample()) == []
+    with pytest.raises(UnsupportedError, match="no part of"):
+        bare.forward_call_on(bare.sample(), "tiles").run()

@@ -25,6 +25,7 @@ _COLUMNS = (
     ("backward", "backward_ms", milliseconds),
     ("vs full", "speedup", lambda v: f"{v:.2f}×"),
     ("bound", "speedup_bound", lambda v: f"{v:.2f}×"),
+    ("core vs tiles", "core_gain", lambda v: f"{v:.2f}×"),
     ("memory", "memory_bytes", byte_words),
     ("growth", "exponent", lambda v: f"N<sup>{v:.2f}</sup>"),
     ("params", "params", lambda v: f"{v:,}"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,10 @@ def _measure_size(
     for key, subject in subjects.items():
         calls[f"{key}/forward"] = subject.forward_call(inputs[key])
         calls[f"{key}/backward"] = subject.backward_call(inputs[key])
+    ran = _backends(subjects, inputs) if grid == site.grid else {}
+    for key, backends in ran.items():
+        if "cpu" in backends:
+            calls[f"{key}/tiles"] = subjects[key].forward_call_on(inputs[key], "tiles")
     found = time_interleaved(
         calls,
         min_repeats=MIN_REPEATS,
@@ -81,8 +86,21 @@ def _measure_size(
         except Exception as error:
             runner.fault = f"at {grid_words(grid)}: {one_line(error)}"
             continue
+        if key in ran:
+            point["backends"] = ran[key]
+        if f"{key}/tiles" in found.times:
+            point["core_gain"] = found.times[f"{key}/tiles"].median_ms / point["forward_ms"]
         runner.params, runner.repeats = subject.params, found.times[f"{key}/forward"].repeats
         runner.points.append(point)
+
+
+def _backends(subjects: dict[str, Subject], inputs: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+    """What each forward pass runs on; a mechanism that raises here will say why when it is timed."""
+    found = {}
+    for key, subject in subjects.items():
+        with suppress(Exception):
+            found[key] = subject.backends(inputs[key])
+    return found
 
 
 def _point(subject: Subject, found: Interleaved, x: torch.Tensor, site: Site, batch: int) -> dict[str, Any]:

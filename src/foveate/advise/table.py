@@ -103,6 +103,8 @@ def _columns(learns: bool, metric: str, wide: bool) -> list[tuple[str, Callable[
     found.append(("vs full", lambda r: _ratio(r, "speedup")))
     if wide:
         found.append(("bound", lambda r: _ratio(r, "speedup_bound")))
+        if not learns:
+            found.append(("core vs tiles", lambda r: _ratio(r, "core_gain")))
     found.append(("memory", lambda r: _or_blank(r.get("memory_bytes"), byte_words)))
     if not learns:
         found.append(("growth", lambda r: _or_blank(r.get("exponent"), lambda p: f"N^{p:.2f}")))

@@ -14,7 +14,7 @@ from foveate.core.dtypes import accumulation_dtype
 from foveate.core.errors import bad
 from foveate.kernels.problem import Problem, check_where, dense_where
 from foveate.kernels.reference import combine_cells
-from foveate.kernels.select import BACKENDS, plan
+from foveate.kernels.select import BACKENDS, plan, tell_watchers
 from foveate.scores.after import After
 from foveate.scores.base import Extent, Score
 from foveate.scores.pairs import Pairs, take_rows
@@ -84,6 +84,8 @@ def attend(
             return_lse=return_lse,
         )  # fmt: skip
         chosen = plan(problem, backend)
+        if not torch.compiler.is_compiling():
+            tell_watchers(chosen)
         out, lse = BACKENDS[chosen.backend].run(problem, chosen)
     if not return_lse:
         return out

@@ -12,6 +12,8 @@ ratios matter, and only where backends are close:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -181,6 +183,30 @@ class Plan:
     def speedup_bound_backward(self) -> float:
         """The same for forward and backward together, with the products each of them needs."""
         return self.speedup_bound * _DENSE_PRODUCTS / PRODUCTS.get(self.backend, _DENSE_PRODUCTS)
+
+
+_WATCHERS: list[list[Plan]] = []
+
+
+@contextmanager
+def watch_plans() -> Iterator[list[Plan]]:
+    """Collect the plans that `attend` follows inside the `with` block, in order.
+
+    What ran, beside what `explain` says would run. Compiled code does not plan when it runs and is not seen.
+    """
+    seen: list[Plan] = []
+    _WATCHERS.append(seen)
+    try:
+        yield seen
+    finally:
+        # By identity: lists of plans may be equal.
+        _WATCHERS[:] = [w for w in _WATCHERS if w is not seen]
+
+
+def tell_watchers(chosen: Plan) -> None:
+    """Hand a plan that is about to run to everybody in `watch_plans`."""
+    for seen in _WATCHERS:
+        seen.append(chosen)
 
 
 def plan(problem: Problem, backend: str = "auto", *, tile: tuple[int, ...] | None = None) -> Plan:

@@ -76,6 +76,9 @@ ROW = (
     Field("speedup_bound", "number", "full attention's FLOPs over this one's: what the arithmetic alone would allow",
           minimum=0),
     Field("predicted_ms", "number", "full attention's forward time divided by `speedup_bound`", **_MS),
+    Field("backends", "array", "`shapes`: backends of `attend` that its forward pass ran on, as text"),
+    Field("core_gain", "number", "`shapes`: forward time on backend `tiles` (plain torch) over this one's, where it "
+          "ran on the C++ core", minimum=0),
     Field("memory_ratio", "number", "this one's peak memory over full attention's", minimum=0),
     Field("exactness_error", "number", "relative L2 distance to full attention's output with the same parameters and "
           "zeros in what it adds; null where it lacks them or has another layout", minimum=0),

@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foveate.core.errors import UnsupportedError
 from foveate.core.grid import Grid
 from foveate.core.registry import Facts
+from foveate.kernels.select import watch_plans
 from foveate.measure.timer import Timed
 
 
@@ -108,6 +110,23 @@ class Subject:
             pair[0].backward(pair[1])
 
         return Timed(run, prepare)
+
+    def backends(self, x: Float[Tensor, "b ..."]) -> list[str]:
+        """The backends of `attend` that a forward pass runs on, sorted; empty where it never calls it."""
+        with watch_plans() as plans, torch.no_grad():
+            self(x)
+        return sorted({plan.backend for plan in plans})
+
+    def forward_call_on(self, x: Float[Tensor, "b ..."], backend: str) -> Timed:
+        """`forward_call` with every part asked for one backend; raises where a part cannot use it."""
+
+        def run() -> Tensor:
+            with self.backend(backend) as chosen, torch.no_grad():
+                if not chosen:
+                    raise UnsupportedError(f"no part of {self.key} has a choice of backend")
+                return self(x)
+
+        return Timed(run)
 
     def step(self, x: Float[Tensor, "b ..."]) -> None:
         """One forward and backward pass, for measuring memory; gradients are dropped afterwards."""

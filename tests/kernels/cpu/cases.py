@@ -269,7 +269,7 @@ def cases(draw):
     where, n_q, n_k, grid = draw(wheres(b, h))
     g = seeded(draw)
     dtype = pick(draw, *DTYPES)
-    sizes = [pick(draw, 8, 16, 24, 32, 40, 64, 72, 128) for _ in range(2)]
+    sizes = [pick(draw, 1, 8, 9, 16, 24, 32, 40, 64, 72, 100, 128) for _ in range(2)]
     qkv = tensors(
         n_q, n_k=n_k, b=b, h=h, hkv=groups, d=sizes[0], d_v=sizes[1], dtype=dtype, seed=g.initial_seed()
     )

@@ -250,7 +250,7 @@ ONES = torch.ones(20)
 REFUSED = {
     "left to torch's SDPA": {},
     "not in float64": {"where": W20, "dtype": torch.float64},
-    "multiples of 8": {"where": W20, "d": 12},
+    "not both 256 at most": {"where": W20, "d": 264},
     "not by ReLU": {"where": W20, "weigh": ReLU()},
     "Dropout changes the weights": {"where": W20, "after": Dropout(0.5)},
     "cells combine by Mean": {"where": Selection(HALVES, HALVES, n_q=20, n_k=20, combine=Mean())},

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from foveate.core.tracing import constant_while_tracing, fixed
 from foveate.kernels.constants import is_traced
@@ -36,6 +37,8 @@ from foveate.patterns.schedule import Schedule
 from foveate.scores.rules import NEG_INF, Softmax
 
 NAME = "cpu"
+# Numbers of a head: what fits the core's buffers, and the multiple it computes in (others are filled up with zeros).
+MAX_HEAD, HEAD_STEP = 256, 8
 # One call through Python, in nanoseconds.
 CALL = 150_000.0
 
@@ -56,8 +59,8 @@ def refuse(problem: Problem) -> str | None:
         return missing
     if problem.dtype not in DTYPES:
         return f"the core computes in float32, bfloat16 and float16, not in {str(problem.dtype).removeprefix('torch.')}"
-    if not all(8 <= n <= 256 and n % 8 == 0 for n in (problem.d, problem.d_v)):
-        return f"head sizes {problem.d} and {problem.d_v} are not both multiples of 8 from 8 to 256"
+    if max(problem.d, problem.d_v) > MAX_HEAD:
+        return f"head sizes {problem.d} and {problem.d_v} are not both {MAX_HEAD} at most"
     if is_traced(problem.q):
         return "its operators cannot run under torch.func transforms (vmap, grad, jvp)"
     if not problem.one_rule:
@@ -130,7 +133,7 @@ def run(problem: Problem, plan: Any) -> tuple[Float[Tensor, "b h nq dv"], Float[
     if 0 in (*problem.q.shape, *problem.k.shape):
         return _nothing(problem, read)
     arrays, (pairs, *facts) = _cells(problem, plan, with_keys=problem.needs_grad)
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (problem.q, problem.k, problem.v))
+    q, k, v = (_whole(x) for x in (problem.q, problem.k, problem.v))
     if facts[1] > 1 and k.shape[1] < q.shape[1]:
         # Cells of one head each: a key has its own queries for every head that reads it.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -141,7 +144,17 @@ def run(problem: Problem, plan: Any) -> tuple[Float[Tensor, "b h nq dv"], Float[
         [problem.scale, read.softcap, read.sigmoid_bias],
     )  # fmt: skip
     out, lse = attend_cells(call)
+    if v.shape[3] > problem.d_v:
+        out = out[..., : problem.d_v]
     return out, lse if problem.return_lse else None
+
+
+def _whole(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d8"]:
+    """Fill heads up with zeros, which change no product, to a width the core computes in; rows contiguous."""
+    missing = -x.shape[3] % HEAD_STEP
+    if missing:
+        return pad(x, (0, missing))
+    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _cells(problem: Problem, plan: Any, with_keys: bool) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
