@@ -6,6 +6,7 @@ import pytest
 from foveate.advise import compare as compare_module
 from foveate.advise import shapes
 from foveate.advise.compare import compare
+from foveate.advise.report import render
 from foveate.advise.settings import Shape
 from foveate.core.errors import FoveateError
 from foveate.kernels.cpu.library import absent
@@ -185,5 +186,5 @@ def test_what_ran_on_the_core_is_timed_on_tiles_too(tmp_path):
     swin = rows["swin"]
     assert swin["backends"] == (["tiles"] if absent() else ["cpu"])
     assert ("core_gain" in swin) == (absent() is None)
-    page = (tmp_path / "report.html").read_text()
+    page = render(found.document)
     assert ("core vs tiles" in page) == (absent() is None)
