@@ -41,6 +41,35 @@ class Cells:
         """Return the cells with leading sizes (b, h), as views."""
         return Cells(self.q_ids.expand(b, h, -1, -1), self.k_ids.expand(b, h, -1, -1), self.mask)
 
+    def shifted(self, keys: int) -> Cells:
+        """Return the cells with all key ids moved by `keys`."""
+        return self if keys == 0 else Cells(self.q_ids, _moved(self.k_ids, keys), self.mask)
+
+    def same_queries(self, other: Cells) -> bool:
+        """Whether both list the same queries. Values are compared on the CPU only, elsewhere it would wait."""
+        if self.q_ids.shape[2:] != other.q_ids.shape[2:]:
+            return False
+        if self.q_ids.data_ptr() == other.q_ids.data_ptr() and self.q_ids.stride() == other.q_ids.stride():
+            return self.q_ids.shape == other.q_ids.shape
+        if self.q_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return bool((self.q_ids == other.q_ids).all())
+
+    def beside(self, other: Cells) -> Cells:
+        """Return cells of the same queries with the keys of both."""
+        b, h = (max(a, c) for a, c in zip(self.q_ids.shape[:2], other.q_ids.shape[:2], strict=True))
+        both = [cell.spread(b, h) for cell in (self, other)]
+        k_ids = torch.cat([cell.k_ids for cell in both], dim=-1)
+        masks = [cell.mask for cell in both]
+        if all(mask is None for mask in masks):
+            return Cells(both[0].q_ids, k_ids, None)
+        whole = (b, h, *self.q_ids.shape[2:])
+        grown = []
+        for cell, mask in zip(both, masks, strict=True):
+            every = torch.ones((), dtype=torch.bool, device=k_ids.device) if mask is None else mask
+            grown.append(every.expand(*whole, cell.k_ids.shape[3]))
+        return Cells(both[0].q_ids, k_ids, torch.cat(grown, dim=-1))
+
     def tiles(self, tile: int) -> list[Cells]:
         """Return the same pairs in cells of at most `tile` queries, less the keys that none of them needs."""
         b, h, cells, tq = self.q_ids.shape
@@ -69,6 +98,10 @@ class Cells:
             parts.append(Cells(q_ids[:, :, some], k_ids[:, :, some, :width], mask))
         nothing = torch.full((b, h, 1, 1), -1, device=q_ids.device)
         return parts or [Cells(nothing, nothing)]
+
+
+def _moved(ids: Tensor, by: int) -> Tensor:
+    return torch.where(ids < 0, -1, ids + by)
 
 
 def cells_of(q_ids: Tensor, k_ids: Tensor, mask: Tensor | None) -> Cells:

@@ -1,7 +1,7 @@
 """`lower`: from who attends to whom, to the cells that kernels execute.
 
-Separable patterns (and special tokens before one) become a closed form, a `BoxProduct`; block lists become
-one cell per query block; everything else is evaluated tile by tile. Selections bring their own Schedule.
+Separable patterns (and special tokens before one) become a closed form, a `BoxProduct`; patterns of blocks
+bring one cell per query block; everything else is evaluated tile by tile. Selections bring their own Schedule.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from foveate.core.errors import UnsupportedError, bad
 from foveate.patterns.axis import AxisRule
-from foveate.patterns.basic import BlockList
+from foveate.patterns.banks import Beside
+from foveate.patterns.basic import Full
 from foveate.patterns.compose import And, Not, Or
-from foveate.patterns.generic import lower_blocks, lower_tiles
+from foveate.patterns.generic import lower_tiles
 from foveate.patterns.pattern import Pattern
 from foveate.patterns.schedule import Schedule
 from foveate.patterns.specials import Specials
@@ -99,37 +100,50 @@ def default_tile(
         model: keywords of `tile_for`, to price for another machine or backend.
     """
     n_q, n_k = where.lengths(n_q, n_k)
-    if isinstance(where, BlockList):
-        return (where.block[0],)
+    if where.own_block is not None:
+        return (where.own_block,)
     return tile_for(_frame(where, n_q, n_k)[0], **model)
 
 
 def _lower(where: Pattern, n_q: int, n_k: int, tile, uniform: bool) -> Schedule:
-    if isinstance(where, BlockList) and tile is None:
-        return Schedule(n_q, n_k, lower_blocks(where, n_q, n_k))
+    if where.own_block is not None and tile is None:
+        return Schedule(n_q, n_k, where.own_groups(n_q, n_k))
     rules, specials = _frame(where, n_q, n_k)
     sizes = tile_for(rules) if tile is None else check_tile(tile, len(rules))
     closed = _closed(where, n_q, n_k)
     if closed is not None:
-        rules, specials, linked = closed
-        product = BoxProduct.of(rules, sizes, uniform=uniform, specials=specials, linked=linked)
+        rules, lead, linked = closed
+        product = BoxProduct.of(rules, sizes, uniform=uniform, lead=lead, linked=linked)
         return Schedule(n_q, n_k, product.groups(), product=product)
-    frame = BoxProduct.of(rules, sizes, specials=specials)
+    frame = BoxProduct.of(rules, sizes, lead=(specials, specials))
     tiles: list[Tensor] = frame.query_tiles()
     if specials:
         tiles += [rows[None] for rows in torch.arange(specials).split(_SPECIAL_ROWS)]
     return Schedule(n_q, n_k, lower_tiles(where, tiles, n_q, n_k))
 
 
-def _closed(where: Pattern, n_q: int, n_k: int) -> tuple[tuple[AxisRule, ...], int, bool] | None:
-    """Return the axis rules, the number of specials and whether these and the grid see one another."""
+def _closed(where: Pattern, n_q: int, n_k: int) -> tuple[tuple[AxisRule, ...], tuple[int, int], bool] | None:
+    """Return the axis rules, the tokens before the grid (`BoxProduct.lead`), and whether both see one another."""
+    if isinstance(where, Beside):
+        return _closed_banks(where, n_q)
     if isinstance(where, Specials):
         rules = where.where.axes(n_q - where.n, n_k - where.n)
         if rules is None or where.rule not in ("all", "isolated"):
             return None
-        return rules, where.n, where.rule == "all"
+        return rules, (where.n, where.n), where.rule == "all"
     rules = where.axes(n_q, n_k)
-    return None if rules is None else (rules, 0, True)
+    return None if rules is None else (rules, (0, 0), True)
+
+
+def _closed_banks(where: Beside, n_q: int) -> tuple[tuple[AxisRule, ...], tuple[int, int], bool] | None:
+    """Keys that every query sees may stand before one separable bank."""
+    *seen, (last, n_last) = where.parts
+    if not all(isinstance(part, Full) for part, _ in seen):
+        return None
+    inner = _closed(last, n_q, n_last)
+    if inner is None or inner[1] != (0, 0):
+        return None
+    return inner[0], (0, where.first[-1]), True
 
 
 def _frame(where: Pattern, n_q: int, n_k: int) -> tuple[tuple[AxisRule, ...], int]:
@@ -144,6 +158,9 @@ def _frame(where: Pattern, n_q: int, n_k: int) -> tuple[tuple[AxisRule, ...], in
     if isinstance(where, Specials):
         inner, nested = _frame(where.where, n_q - where.n, n_k - where.n)
         return inner, where.n + nested
+    if isinstance(where, Beside):
+        frames = [_frame(part, n_q, n) for part, n in where.parts]
+        return max(frames, key=lambda frame: len(frame[0]))
     parts = where.parts if isinstance(where, And | Or) else (where.part,) if isinstance(where, Not) else ()
     frames = [_frame(part, n_q, n_k) for part in parts]
     if frames:

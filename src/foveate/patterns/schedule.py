@@ -185,7 +185,7 @@ class Schedule:
         if self.product is not None:
             old = self.product
             rules = tuple(rule.transpose() for rule in old.rules())
-            new = BoxProduct.of(rules, tile_for(rules), specials=old.specials, linked=old.linked)
+            new = BoxProduct.of(rules, tile_for(rules), lead=(old.lead[1], old.lead[0]), linked=old.linked)
             return Schedule(self.n_k, self.n_q, new.groups(), "sum", product=new).to(self._device)
         # Index arithmetic happens where the ids are; the context costs as much as the arithmetic.
         with nullcontext() if self._device.type == "cpu" else self._device:

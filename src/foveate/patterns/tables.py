@@ -160,15 +160,15 @@ class BoxProduct:
         q_sizes: sizes of the query grid.
         k_sizes: sizes of the key grid.
         steps: (step, phase) of each axis' rule.
-        specials: tokens that stand before the grid, among queries and keys.
-        linked: whether specials and grid see one another; specials always see specials.
+        lead: tokens that stand before the grid: among the queries, and among the keys.
+        linked: whether leading tokens and grid see one another; leading queries always see leading keys.
     """
 
     axes: tuple[tuple[AxisClass, ...], ...]
     q_sizes: tuple[int, ...]
     k_sizes: tuple[int, ...]
     steps: tuple[tuple[int, int], ...]
-    specials: int = 0
+    lead: tuple[int, int] = (0, 0)
     linked: bool = True
 
     @classmethod
@@ -178,7 +178,7 @@ class BoxProduct:
         tile: tuple[int, ...],
         *,
         uniform: bool = False,
-        specials: int = 0,
+        lead: tuple[int, int] = (0, 0),
         linked: bool = True,
     ) -> BoxProduct:
         """Tile the rules, one tile size per axis."""
@@ -187,33 +187,33 @@ class BoxProduct:
             tuple(rule.n_q for rule in rules),
             tuple(rule.n_k for rule in rules),
             tuple((rule.step, rule.phase) for rule in rules),
-            specials,
+            lead,
             linked,
         )
 
     @property
     def n_q(self) -> int:
-        """Number of queries, specials included."""
-        return self.specials + math.prod(self.q_sizes)
+        """Number of queries, leading ones included."""
+        return self.lead[0] + math.prod(self.q_sizes)
 
     @property
     def n_k(self) -> int:
-        """Number of keys, specials included."""
-        return self.specials + math.prod(self.k_sizes)
+        """Number of keys, leading ones included."""
+        return self.lead[1] + math.prod(self.k_sizes)
 
     def _products(self) -> list[BoxGroup]:
-        lead = self.specials if self.linked else 0
+        seen = self.lead[1] if self.linked else 0
         return [
-            BoxGroup(classes, self.q_sizes, self.k_sizes, self.specials, self.specials, lead)
+            BoxGroup(classes, self.q_sizes, self.k_sizes, *self.lead, seen)
             for classes in itertools.product(*self.axes)
         ]
 
     def groups(self) -> tuple[BoxGroup, ...]:
-        """Return the groups, one per combination of classes that has keys, and the rows of the specials."""
+        """Return the groups, one per combination of classes that has keys, and the rows of leading queries."""
         groups = [group for group in self._products() if group.tk > 0]
-        if self.specials:
-            seen = self.n_k if self.linked else self.specials
-            rows = AxisClass.full(self.specials, seen)
+        seen = self.n_k if self.linked else self.lead[1]
+        if self.lead[0] and seen:
+            rows = AxisClass.full(self.lead[0], seen)
             groups.append(BoxGroup((rows,), (self.n_q,), (self.n_k,)))
         return tuple(groups)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from foveate.kernels.constants import constant
 from foveate.kernels.cpu.flatten import LANES, Facts, Flat, flatten, transposed
-from foveate.patterns.basic import BlockList
 from foveate.patterns.lower import default_tile, lower
 from foveate.patterns.schedule import Schedule
 from foveate.patterns.tables import BoxProduct
@@ -55,7 +54,7 @@ def _tile_price(queries: int, pairs: int, keys: int, cells: int) -> float:
 @lru_cache(maxsize=128)
 def tile_of(where: Any, n_q: int, n_k: int) -> tuple[int, ...] | None:
     """Return the tile that costs least, None where the pattern brings its own blocks."""
-    if isinstance(where, BlockList):
+    if where.own_block is not None:
         return None
     return default_tile(where, n_q, n_k, price=_tile_price, max_queries=LANES)
 
@@ -102,7 +101,7 @@ def _closed_by_key(schedule: Schedule) -> Schedule:
     def make() -> Schedule:
         rules = tuple(rule.transpose() for rule in old.rules())
         tile = tile_for(rules, price=_tile_price, max_queries=LANES)
-        new = BoxProduct.of(rules, tile, specials=old.specials, linked=old.linked)
+        new = BoxProduct.of(rules, tile, lead=(old.lead[1], old.lead[0]), linked=old.linked)
         return Schedule(schedule.n_k, schedule.n_q, new.groups(), "sum", product=new)
 
     return schedule.memo("cpu closed by key", make)
@@ -154,7 +153,7 @@ def static_reach(
 ) -> tuple[tuple[int, ...], tuple[int, ...], int, tuple[tuple[int, int], ...]] | None:
     """Return (query grid, key grid, specials, (lowest, highest) key - query offset per axis) of a pattern.
 
-    None for patterns without a closed form.
+    None for patterns without a closed form, and where other keys than special tokens stand before the grid.
     """
     schedule = lowered(where, n_q, n_k, tile)
     return schedule.memo("cpu reach", lambda: reach(schedule))
@@ -163,7 +162,7 @@ def static_reach(
 def reach(schedule: Schedule) -> tuple | None:
     """Return `static_reach` of a schedule."""
     product = schedule.product
-    if product is None:
+    if product is None or product.lead[0] != product.lead[1]:
         return None
     found = []
     for rule in product.rules():
@@ -171,4 +170,4 @@ def reach(schedule: Schedule) -> tuple | None:
         first = (rule.start - torch.arange(rule.n_q))[some]
         last = first + rule.step * (rule.count[some] - 1)
         found.append((int(first.min()), int(last.max())) if first.numel() else (0, 0))
-    return product.q_sizes, product.k_sizes, product.specials, tuple(found)
+    return product.q_sizes, product.k_sizes, product.lead[0], tuple(found)

@@ -11,7 +11,7 @@ visiting only the key tiles that meet the windows of a query tile; here that is 
     out_i    = sum_{j in A(i)} softmax_j(q_i . k_j / sqrt(D)) v_j
     along an axis of length L:  A(i) = { s, s+1, ..., s+K-1 },  s = clamp(i - K//2, 0, L - K)
 
-Additional keys, seen by every token, take part in the same softmax: two attentions merged by log-sum-exp.
+Additional keys, seen by every token, take part in the same softmax: a second bank of keys.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
-from foveate.kernels.merge import merge
+from foveate.kernels.banks import Bank, attend_banks
 from foveate.mechanisms.inputs import check_tokens, frozen
 from foveate.mechanisms.projections import QKV, merge_heads
 from foveate.patterns.grids import Neighborhood
@@ -65,10 +65,8 @@ def neighborhood_attention(
         raise bad("additional_values", additional_values, "to be given together with additional_keys")
     if additional_keys is None or additional_values is None:
         return attend(q, k, v, where=where, scale=scale, backend=backend, return_lse=return_lse)
-    near = attend(q, k, v, where=where, scale=scale, backend=backend, return_lse=True)
-    extra = attend(q, additional_keys, additional_values, scale=scale, return_lse=True)
-    out, lse = merge([near[0], extra[0]], [near[1], extra[1]])
-    return (out, lse) if return_lse else out
+    banks = [Bank(k, v, where=where), Bank(additional_keys, additional_values)]
+    return attend_banks(q, banks, scale=scale, backend=backend, return_lse=return_lse)
 
 
 @system(
