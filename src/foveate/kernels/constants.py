@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from foveate.core.tracing import constant_while_tracing
 from foveate.kernels.cells import CellView
 from foveate.kernels.program import program, views
-from foveate.patterns.basic import BlockList
 from foveate.patterns.lower import default_tile, lower
 from foveate.patterns.schedule import Schedule
 
@@ -64,7 +63,7 @@ def lowered(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None) -> Sch
 @lru_cache(maxsize=128)
 def lowered_tile(where: Any, n_q: int, n_k: int) -> tuple[int, ...] | None:
     """Return the tile `lowered` takes by itself, None where the pattern brings its own blocks."""
-    if isinstance(where, BlockList):
+    if where.own_block is not None:
         return None
     return default_tile(where, n_q, n_k, key_cost=KEY_COST, cell_cost=CELL_COST)
 

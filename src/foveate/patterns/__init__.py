@@ -23,6 +23,7 @@ from foveate.patterns.lower import default_tile as default_tile
 from foveate.patterns.lower import lower as lower
 from foveate.patterns.pattern import Padded as Padded
 from foveate.patterns.pattern import Pattern as Pattern
+from foveate.patterns.power import PowerBlocks as PowerBlocks
 from foveate.patterns.schedule import Combine as Combine
 from foveate.patterns.schedule import Mean as Mean
 from foveate.patterns.schedule import Schedule as Schedule

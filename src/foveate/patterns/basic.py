@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -246,6 +246,17 @@ class BlockList(Pattern):
         a, b = q // self.block[0], k // self.block[1]
         inside = (a < table.shape[0]) & (b < table.shape[1])
         return table[a.clamp(max=table.shape[0] - 1), b.clamp(max=table.shape[1] - 1)] & inside
+
+    @property
+    def own_block(self) -> int:
+        """The block of queries."""
+        return self.block[0]
+
+    def own_groups(self, n_q: int, n_k: int) -> tuple[Any, ...]:
+        """Return one cell per listed block of queries."""
+        from foveate.patterns.generic import lower_blocks
+
+        return lower_blocks(self, n_q, n_k)
 
     def candidates(self, q_ids: Int[Tensor, "t"], n_q: int, n_k: int) -> Int[Tensor, "m"]:
         """Return exactly the keys of the blocks these queries stand in."""

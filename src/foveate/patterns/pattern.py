@@ -101,6 +101,15 @@ class Pattern:
         assert keys is not None
         return keys
 
+    @property
+    def own_block(self) -> int | None:
+        """Return the queries of a cell when the pattern brings cells of its own (`own_groups`), else None."""
+        return None
+
+    def own_groups(self, n_q: int, n_k: int) -> tuple[Any, ...]:
+        """Return the cells of a pattern that brings its own, as CellGroups with every query in one cell at most."""
+        raise NotImplementedError
+
     def lengths(self, n_q: int | None, n_k: int | None = None) -> tuple[int, int]:
         """Fill in the lengths a caller left out (`n_k` is `n_q`, `n_q` is the grid's) and check them.
 
