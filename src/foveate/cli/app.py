@@ -8,6 +8,7 @@ from foveate.cli.compare import compare
 from foveate.cli.doctor import doctor
 from foveate.cli.explain import explain
 from foveate.cli.listing import list_command, show
+from foveate.cli.recall import recall
 
 app = typer.Typer(
     name="foveate",
@@ -20,6 +21,7 @@ app.command("compare")(compare)
 app.command("list")(list_command)
 app.command("show")(show)
 app.command("explain")(explain)
+app.command("recall")(recall)
 app.command("doctor")(doctor)
 
 

@@ -1,0 +1,1 @@
+"""Blockwise statistics of attention, and published theory as numerical experiments."""
