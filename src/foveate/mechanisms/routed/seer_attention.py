@@ -148,7 +148,7 @@ class SeerAttention(nn.Module):
     @classmethod
     def for_workload(cls, *, dim: int, grid: Grid, heads: int, causal: bool = False) -> "SeerAttention":
         """Return about sqrt(N) tokens per block (4 to 64) and a quarter of the map; strictly causal if causal."""
-        block = min(64, max(4, 1 << round(math.log2(grid.numel) / 2)))
+        block = min(64, max(4, 1 << int(math.log2(grid.numel) / 2)))
         return cls(
             dim=dim, heads=heads, block=block, ratio=0.25, causal=causal, route="token" if causal else "block"
         )
