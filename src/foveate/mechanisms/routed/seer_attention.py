@@ -22,7 +22,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -153,14 +153,20 @@ class SeerAttention(nn.Module):
             dim=dim, heads=heads, block=block, ratio=0.25, causal=causal, route="token" if causal else "block"
         )
 
-    def allowed(self, n: int, device: torch.device | None = None) -> Bool[Tensor, "q_blocks k_blocks"]:
+    def allowed(self, n: int, device: torch.device | None = None) -> Bool[Tensor, "rows k_blocks"]:
         """Say which key blocks each query block, or query, may choose among."""
         rows = 1 if self.route == "token" else self.block
-        if not self.causal:
-            shape = (block_count(n, rows), block_count(n, self.block))
-            return torch.ones(shape, dtype=torch.bool, device=device)
+        if self.causal and self.route == "block":
+            return causal_blocks(n, n, rows, self.block, device=device)
+        number = torch.arange(block_count(n, self.block), device=device)
         # A query's own block holds later keys, of which a strict choice must not know.
-        return causal_blocks(n, n, rows, self.block, whole=self.route == "token", device=device)
+        own = self._own(n, device)[:, None]
+        return number < own if self.causal else torch.ones_like(number < own)
+
+    def _own(self, n: int, device: torch.device | None) -> Int[Tensor, "rows"]:
+        """Return the key block of each query block, or query."""
+        rows = 1 if self.route == "token" else self.block
+        return torch.arange(block_count(n, rows), device=device) * rows // self.block
 
     def choose(
         self, logits: Float[Tensor, "b h rows k_blocks"], allowed: Bool[Tensor, "..."], *, published: bool
@@ -182,8 +188,8 @@ class SeerAttention(nn.Module):
             allowed = self.allowed(n, q.device)
             logits = self.gate(q, k, allowed, query_block=rows)
             chosen = self.choose(logits, allowed, published=self.causal and self.route == "block")
-            own = torch.arange(allowed.shape[0], device=q.device) * rows // self.block
-            chosen = chosen | (torch.arange(allowed.shape[1], device=q.device) == own[:, None])
+            own = self._own(n, q.device)[:, None]
+            chosen = chosen | (torch.arange(allowed.shape[1], device=q.device) == own)
         together = _TOGETHER if rows == 1 else 1
         return select_blocks(chosen, rows, self.block, n, n, causal=self.causal, rows=together)
 
