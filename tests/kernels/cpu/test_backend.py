@@ -15,7 +15,7 @@ from foveate.kernels.cpu.library import forced_isa, isa_levels
 from foveate.patterns.basic import BlockList, Causal, Explicit, Full, Sinks, SlidingWindow
 from foveate.patterns.grids import Halo, Lattice, Neighborhood, Windows
 from foveate.patterns.groups import ExplicitGroup
-from foveate.patterns.schedule import Mean, Schedule
+from foveate.patterns.schedule import Schedule
 from foveate.patterns.segments import Segments
 from foveate.patterns.selection import Selection
 from foveate.patterns.specials import with_specials
@@ -245,7 +245,6 @@ def test_a_group_that_lies_about_its_lengths():
 
 
 W20 = SlidingWindow(3)
-HALVES = torch.arange(20).view(1, 1, 2, 10)
 ONES = torch.ones(20)
 REFUSED = {
     "left to torch's SDPA": {},
@@ -253,7 +252,6 @@ REFUSED = {
     "not both 256 at most": {"where": W20, "d": 264},
     "not by ReLU": {"where": W20, "weigh": ReLU()},
     "Dropout changes the weights": {"where": W20, "after": Dropout(0.5)},
-    "cells combine by Mean": {"where": Selection(HALVES, HALVES, n_q=20, n_k=20, combine=Mean())},
     "multiplies first": {"where": W20, "score": KeyBias(ONES) + RowFactor(ONES)},
     "KeyBias comes after SoftCap": {"where": W20, "score": SoftCap(1.0) + KeyBias(ONES)},
     "mask comes after SoftCap": {"where": W20, "score": SoftCap(1.0), "mask": ONES > 0},

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from foveate.core.tracing import constant_while_tracing, fixed
 from foveate.kernels.constants import is_traced
-from foveate.kernels.cpu import terms
+from foveate.kernels.cpu import slots, terms
 from foveate.kernels.cpu.job import DTYPES, Call
 from foveate.kernels.cpu.library import ISA_NAMES, absent, isa
 from foveate.kernels.cpu.op import attend_cells
@@ -37,6 +37,7 @@ from foveate.patterns.schedule import Schedule
 from foveate.scores.rules import NEG_INF, Softmax
 
 NAME = "cpu"
+Packed = tuple[tuple[Tensor, ...], tuple[int, ...]]
 # Numbers of a head: what fits the core's buffers, and the multiple it computes in (others are filled up with zeros).
 MAX_HEAD, HEAD_STEP = 256, 8
 # One call through Python, in nanoseconds.
@@ -63,11 +64,12 @@ def refuse(problem: Problem) -> str | None:
         return f"head sizes {problem.d} and {problem.d_v} are not both {MAX_HEAD} at most"
     if is_traced(problem.q):
         return "its operators cannot run under torch.func transforms (vmap, grad, jvp)"
-    if not problem.one_rule:
-        return f"cells combine by {problem.combine!r}; the core knows one rule over all keys of a query"
     schedule = problem.schedule
     if schedule is not None and torch.compiler.is_compiling():
         return "cells that are made from content while compiling cannot be flattened"
+    reason = None if problem.one_rule else slots.refuse(problem)
+    if reason is not None:
+        return reason
     return terms.refuse(problem, lambda: _reach(problem, None))
 
 
@@ -102,8 +104,7 @@ def nanoseconds(problem: Problem, tile: tuple[int, ...] | None) -> float:
     if schedule is None:
         one = static_cost(_where(problem), fixed(problem.n_q), fixed(problem.n_k), tile, fixed(width))
     else:
-        schedule = single(schedule)
-        one = cost(schedule, width)
+        one = cost(single(schedule) if problem.one_rule else schedule, width)
     return CALL + problem.batch * problem.heads * one / 2
 
 
@@ -132,8 +133,19 @@ def run(problem: Problem, plan: Any) -> tuple[Float[Tensor, "b h nq dv"], Float[
     read = terms.read(problem, lambda: _reach(problem, plan.tile))
     if 0 in (*problem.q.shape, *problem.k.shape):
         return _nothing(problem, read)
-    arrays, (pairs, *facts) = _cells(problem, plan, with_keys=problem.needs_grad)
-    q, k, v = (_whole(x) for x in (problem.q, problem.k, problem.v))
+    if problem.one_rule:
+        cells = _cells(problem, plan, with_keys=problem.needs_grad)
+        out, lse = _call(problem, problem.q, read, cells)
+        return out, lse if problem.return_lse else None
+    places = slots.Slots.of(plan.schedule.to("cpu"))
+    cells = packed(places.schedule, problem.needs_grad)
+    out, _ = _call(problem, places.rows(problem.q), places.terms(read), cells)
+    return places.combine(out, problem), None
+
+
+def _call(problem: Problem, q: Tensor, read: terms.Terms, cells: Packed) -> tuple[Tensor, Tensor]:
+    arrays, (pairs, *facts) = cells
+    q, k, v = (_whole(x) for x in (q, problem.k, problem.v))
     if facts[1] > 1 and k.shape[1] < q.shape[1]:
         # Cells of one head each: a key has its own queries for every head that reads it.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -146,7 +158,7 @@ def run(problem: Problem, plan: Any) -> tuple[Float[Tensor, "b h nq dv"], Float[
     out, lse = attend_cells(call)
     if v.shape[3] > problem.d_v:
         out = out[..., : problem.d_v]
-    return out, lse if problem.return_lse else None
+    return out, lse
 
 
 def _whole(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d8"]:
@@ -157,7 +169,7 @@ def _whole(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d8"]:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _cells(problem: Problem, plan: Any, with_keys: bool) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+def _cells(problem: Problem, plan: Any, with_keys: bool) -> Packed:
     if problem.schedule is None:
         return static_packed(_where(problem), fixed(problem.n_q), fixed(problem.n_k), plan.tile, with_keys)
     schedule: Schedule = plan.schedule
