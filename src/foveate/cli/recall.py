@@ -106,9 +106,9 @@ def recall(
     from foveate.study.table import layers_table, rich_table, sentences
 
     console = stdout()
-    maps, source, said = _source(file, minilm or [], random, model, heads, head_dim, seed)
     if minilm and causal:
         raise bad("causal", True, "False with --minilm", "The encoder attends both ways.")
+    maps, source, said = _source(file, minilm or [], random, model, heads, head_dim, seed)
     with console.status("full attention") as status:
         found = run(
             maps,

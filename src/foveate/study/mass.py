@@ -51,34 +51,33 @@ class Rows:
         """Mass of the best 1, 2, 3, ... keys."""
         return self.p.sort(dim=-1, descending=True).values.cumsum(-1)
 
-    def captured(self, mask: Bool[Tensor, "#b #h r n"]) -> tuple[Tensor, Tensor]:
-        """Return the mass on the pairs of a mask and the number of these pairs, (B, H, rows) each."""
-        count = mask.sum(-1).expand(self.p.shape[:3])
-        return (self.p * mask).sum(-1), count
+    def through(
+        self, mask: Bool[Tensor, "#b #h r n"]
+    ) -> tuple[Float[Tensor, "b h r"], Int[Tensor, "b h r"], Float[Tensor, "b h r d"]]:
+        """Return what the pairs of a mask capture: their mass, their number, and softmax attention over them.
+
+        The output of a query without a pair is zero.
+        """
+        kept = self.p * mask
+        mass = kept.sum(-1)
+        output = (kept @ self.v) / mass.masked_fill(mass == 0, 1.0)[..., None]
+        return mass, mask.sum(-1).expand(mass.shape), output
 
     def oracle(self, count: Int[Tensor, "b h r"]) -> Float[Tensor, "b h r"]:
         """Return the most mass that `count` pairs of a query can have."""
         best = self.cumulated.gather(-1, (count - 1).clamp(min=0)[..., None])[..., 0]
         return best.masked_fill(count == 0, 0.0)
 
-    def output(self, mask: Bool[Tensor, "#b #h r n"]) -> Float[Tensor, "b h r d"]:
-        """Return softmax attention over the pairs of a mask; zeros where a query has none."""
-        kept = self.p * mask
-        total = kept.sum(-1, keepdim=True)
-        return (kept @ self.v) / total.masked_fill(total == 0, 1.0)
-
-    def best(self, keys: int) -> Bool[Tensor, "b h r n"]:
-        """Return the mask of the `keys` largest weights of every query (all visible ones if there are fewer)."""
-        return self._first(self.p, keys)
-
-    def drawn(self, keys: int, generator: torch.Generator) -> Bool[Tensor, "b h r n"]:
-        """Return a mask of `keys` visible keys drawn at random for every query."""
-        draws = torch.rand(self.p.shape, generator=generator).to(self.p.device)
-        return self._first(draws.masked_fill(~self._seen, -1.0), keys)
-
-    def _first(self, values: Tensor, keys: int) -> Tensor:
-        ids = values.topk(min(keys, values.shape[-1]), dim=-1).indices
-        return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, ids, True) & self._seen
+    def ranks(self, generator: torch.Generator | None = None) -> Int[Tensor, "b h r n"]:
+        """Return the place of every key by weight, or at random with a `generator`: 0 first; N if not visible."""
+        values = self.p
+        if generator is not None:
+            values = torch.rand(self.p.shape, generator=generator).to(self.p.device)
+        n = values.shape[-1]
+        order = values.masked_fill(~self._seen, -1.0).argsort(dim=-1, descending=True)
+        places = torch.arange(n, dtype=torch.int32, device=order.device).expand_as(order)
+        ranks = torch.empty_like(places, memory_format=torch.contiguous_format).scatter_(-1, order, places)
+        return ranks.masked_fill(~self._seen, n)
 
     @property
     def _seen(self) -> Bool[Tensor, "r n"]:

@@ -10,6 +10,7 @@ from foveate.study.records import Recall, Row
 
 FORMATS = (".png", ".svg", ".pdf")
 _ORACLE, _RANDOM = "#1b1f23", "#9aa4ab"
+_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _MARKS = "osD^vP*X<>hd"
 
 
@@ -47,6 +48,8 @@ def draw(found: Recall, title: str = "") -> Any:
                     "-" if kind == "content" else ":", color=f"C{i % 10}", marker=_MARKS[i % len(_MARKS)],
                     markersize=5, linewidth=1.4, label=family)  # fmt: skip
         ax.set_xscale("log")
+        ax.set_xticks(_TICKS, [f"{100 * tick:g}%" for tick in _TICKS])
+        ax.minorticks_off()
         ax.set_xlabel("computed pairs, share of N x N")
         ax.grid(alpha=0.25)
     left.set_ylim(0, 1)

@@ -114,9 +114,12 @@ class _Tally:
         self.wrong: Tensor | float = 0.0
         self.size: Tensor | float = 0.0
 
-    def add(self, rows: Rows, mask: Bool[Tensor, "#b #h r n"], output: Float[Tensor, "b h r d"]) -> None:
-        """Take one block."""
-        mass, count = rows.captured(mask)
+    def add(
+        self, rows: Rows, mask: Bool[Tensor, "#b #h r n"], output: Float[Tensor, "b h r d"] | None = None
+    ) -> None:
+        """Take one block; `output` where it is not softmax attention over the pairs of the mask."""
+        mass, count, plain = rows.through(mask)
+        output = plain if output is None else output
         self.parts.append((mass, count.float(), rows.oracle(count), count / rows.visible))
         self.wrong = self.wrong + (output - rows.full).square().sum((-1, -2))
         self.size = self.size + rows.full.square().sum((-1, -2))
@@ -159,9 +162,10 @@ class _Layer:
         sizes = list(dict.fromkeys(self.setting.keys(share) for share in shares))
         lines = {(rule, keys): _Tally() for rule in ("oracle", "random") for keys in sizes}
         for rows in self.rows():
-            for (rule, keys), tally in lines.items():
-                mask = rows.best(keys) if rule == "oracle" else rows.drawn(keys, generator)
-                tally.add(rows, mask, rows.output(mask))
+            for wanted, ranks in (("oracle", rows.ranks()), ("random", rows.ranks(generator))):
+                for (rule, keys), tally in lines.items():
+                    if rule == wanted:
+                        tally.add(rows, ranks < keys)
         return [
             Reference(layer=self.maps.name, rule=rule, **_means(tally.figures(self.setting.n), Reference))
             for (rule, _), tally in lines.items()
@@ -181,7 +185,7 @@ class _Layer:
         for rows in self.rows():
             mask = rows_of(where, rows.q_ids, n)
             part = slice(rows.first, rows.first + len(rows.q_ids))
-            tally.add(rows, mask, rows.output(mask) if output is None else output[:, :, part])
+            tally.add(rows, mask, None if output is None else output[:, :, part])
         figures = tally.figures(n)
         shown = ("pairs", "mass", "mass_worst_decile", "error", "oracle")
         return Row(
