@@ -3,10 +3,11 @@
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.functional import grid_sample
 
 from foveate.core.grid import Grid
-from foveate.kernels.sample import sample
+from foveate.kernels.sample import bag, sample
 from tests.kernels.sample.cases import cases, in_loops, make
 
 EVERY = ("bag", "grid_sample", "reference")
@@ -36,6 +37,20 @@ def test_every_backend_has_the_gradients_of_the_reference(case):
         if can(case, backend):
             for ours, truth in zip(gradients(backend), expected, strict=True):
                 torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-8)
+
+
+@given(case=cases(), piece=st.sampled_from([1, 8, 32]))
+def test_pieces_give_the_same(case, piece):
+    expected = case.run("bag")
+    expected = (expected, *torch.autograd.grad(expected.sin().sum(), case.leaves))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bag, "PIECE", piece)
+        out = case.run("bag")
+        with torch.no_grad():
+            torch.testing.assert_close(case.run("bag"), out)
+        gradients = torch.autograd.grad(out.sin().sum(), case.leaves)
+    for ours, truth in zip((out, *gradients), expected, strict=True):
+        torch.testing.assert_close(ours, truth)
 
 
 @pytest.mark.parametrize(

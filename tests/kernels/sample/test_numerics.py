@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import grid_sample
 
-from foveate.kernels.sample import sample
+from foveate.kernels.sample import bag, sample
+from foveate.measure.memory import peak_bytes
 from tests.kernels.sample.cases import make
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -81,8 +82,13 @@ def test_autocast_changes_nothing(backend):
         assert torch.equal(case.run(backend), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"bins": (3, 2)}, {"weighted": False}, {"sizes": ((5,),)}], ids=str)
-def test_compiles_as_one_graph(options):
+@pytest.mark.parametrize(
+    ("options", "piece"),
+    [({}, 2**18), ({"bins": (3, 2)}, 2**18), ({"weighted": False, "sizes": ((5,),)}, 2**18), ({"b": 1}, 200)],
+    ids=str,
+)
+def test_compiles_as_one_graph(options, piece, monkeypatch):
+    monkeypatch.setattr(bag, "PIECE", piece)
     case = make(**options).to(torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -127,3 +133,14 @@ def test_no_volume_is_stored_for_a_factor():
     volume = 64 * 100 * 64 * 4
     assert stored(case.run) < volume / 8
     assert stored(lambda: case.run("reference")) > volume
+
+
+def test_pieces_bound_the_memory(monkeypatch):
+    case = make(b=1, m=4, c=4, q=512, p=8, sizes=((6, 6),)).to(torch.float32)
+
+    def peak():
+        return peak_bytes(lambda: torch.autograd.grad(case.run("bag").sum(), case.leaves))
+
+    whole = peak()
+    monkeypatch.setattr(bag, "PIECE", 2**12)
+    assert peak() < whole / 3

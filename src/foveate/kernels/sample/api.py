@@ -50,10 +50,10 @@ def sample(
             (align_corners=False); "corners": from first to last pixel, i / (size - 1) (align_corners=True);
             "pixels": pixel i at i, on every level its own. The depth follows the same rule.
         backend: "reference" gathers every pixel and multiplies a factor out: the truth, differentiable any
-            number of times. "bag" folds all factors into one weight per pixel and adds rows of a table: memory
-            for scalars only, besides input and output. "grid_sample" is torch's, which stores the value of
-            every point, has no 1-D and no factor, and rounds positions to [-1, 1]. "auto" takes "bag", but
-            "grid_sample" for few channels that are not added up.
+            number of times. "bag" folds all factors into one weight per pixel and adds rows of a table: bounded
+            memory besides input and output. "grid_sample" is torch's, which stores the value of every point,
+            is often faster backward, has no 1-D and no factor, and rounds positions to [-1, 1]. "auto" takes
+            "bag", but "grid_sample" for few channels that are not added up.
 
     Returns:
         (B, M, Q, C), or (B, M, Q, L, P, C) without weights, in the dtype of the levels. Positions, weights and
