@@ -1,0 +1,232 @@
+"""Stripes: single keys that a run of queries shares, found by how near they come to an anchor.
+
+The anchor of a query is its largest logit over keys that nearly always matter: the first ones and those nearby.
+A key further off is worth looking at when its logit comes within `theta` of the anchor, tried with the means of
+`block` queries; all keys found by the `step` blocks of a run are seen by the whole run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from foveate.core.dtypes import accumulation_dtype
+from foveate.core.errors import bad
+from foveate.patterns.cells import Cells
+from foveate.patterns.pattern import check_int
+from foveate.patterns.selection import Selection
+from foveate.routing.blocks import block_count, pool_blocks, select_blocks
+
+
+class Found(NamedTuple):
+    """What some consecutive queries found.
+
+    Attributes:
+        start, stop: the queries.
+        first: id of the first key that was searched.
+        hits: whether each of them was found: by all queries alike, or by each one.
+    """
+
+    start: int
+    stop: int
+    first: int
+    hits: Bool[Tensor, "b h rows keys"]
+
+
+@dataclass(frozen=True)
+class StripeRouter:
+    """Which keys each run of `block * step` queries looks at. Always causal; sequences of any length.
+
+    Args:
+        block: queries that are averaged, and keys of an initial block.
+        step: blocks per run.
+        theta: how far below the anchor a logit may be, in nats; inf takes every key, -inf none.
+        init: initial blocks that everybody sees.
+        local: runs that are seen wholly, the query's own included.
+        each: whether every query searches for itself, instead of a run's blocks for the whole run.
+        official: the bounds of the authors' kernels: everybody sees `init` runs at the start, and what is
+            searched begins at the first block and ends one block before the own run.
+
+    Raises:
+        ArgumentError: naming the option.
+    """
+
+    block: int = 128
+    step: int = 16
+    theta: float = 12.0
+    init: int = 1
+    local: int = 1
+    each: bool = False
+    official: bool = False
+
+    def __post_init__(self):
+        for name, least in (("block", 1), ("step", 1), ("init", 0), ("local", 1)):
+            check_int(getattr(self, name), name, least)
+        if self.theta != self.theta:
+            raise bad("theta", self.theta, "a number of nats")
+
+    @property
+    def run(self) -> int:
+        """Queries of a run."""
+        return self.block * self.step
+
+    def near(self, n: int, device: torch.device | None = None) -> Selection:
+        """Return the keys of which no search is needed: the initial ones and the local runs."""
+        number = torch.arange(block_count(n, self.block), device=device)
+        run = number // self.step
+        initial = number < self.init * (self.step if self.official else 1)
+        table = initial | (run > run[:, None] - self.local)
+        return select_blocks(table[None, None], self.block, self.block, n, n, causal=True)
+
+    def anchors(
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h_kv n d"], scale: float
+    ) -> Float[Tensor, "b h n"]:
+        """Return every query's largest logit over `near`, as wide as sums are kept."""
+        return largest_logits(q, k, self.near(q.shape[2], q.device), scale)
+
+    def searched(self, run: int) -> tuple[int, int]:
+        """Return the first key that a run searches and the one after the last; none where they cross."""
+        if self.official:
+            return self.block, run * self.run - self.block
+        return self.init * self.block, (run - self.local + 1) * self.run
+
+    def search(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h_kv n d"],
+        anchors: Float[Tensor, "b h n"],
+        scale: float,
+    ) -> Iterator[Found]:
+        """Yield what is found, a run (or, with `each`, a block) of queries at a time."""
+        n, groups = q.shape[2], q.shape[1] // max(k.shape[1], 1)
+        compute = accumulation_dtype(q.dtype)
+        keys = k.to(compute).transpose(-1, -2)
+        rows, limits = q.to(compute) * scale, anchors.to(compute)[..., None]
+        if not self.each:
+            rows, limits = pool_blocks(rows, self.block), pool_blocks(limits, self.block)
+        stride = self.block if self.each else self.run
+        for start in range(0, n, stride):
+            first, last = self.searched(start // self.run)
+            if first >= last:
+                continue
+            stop = min(start + stride, n)
+            mine = (
+                slice(start, stop) if self.each else slice(start // self.block, block_count(stop, self.block))
+            )
+            part = rows[:, :, mine].unflatten(1, (-1, groups))
+            logits = (part @ keys[:, :, None, :, first:last]).flatten(1, 2)
+            hits = logits + self.theta >= limits[:, :, mine]
+            yield Found(start, stop, first, hits if self.each else hits.any(2, keepdim=True))
+
+    def coordinates(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h_kv n d"],
+        anchors: Float[Tensor, "b h n"],
+        scale: float,
+    ) -> tuple[Int[Tensor, "b h runs n"], Int[Tensor, "b h runs 1"]]:
+        """Return the found keys of every run, ascending with zeros behind them, and how many they are."""
+        b, h, n, _ = q.shape
+        ids = torch.zeros(b, h, block_count(n, self.run), n, dtype=torch.long, device=q.device)
+        counts = ids.new_zeros(b, h, ids.shape[2], 1)
+        if self.each:
+            raise bad(
+                "each", True, "False for keys of runs", "With it, queries of a run find different keys."
+            )
+        for found in self.search(q, k, anchors, scale):
+            front, count = _front(found.hits[:, :, 0])
+            run = found.start // self.run
+            there = torch.arange(front.shape[-1], device=q.device) < count[..., None]
+            ids[:, :, run, : front.shape[-1]] = torch.where(there, front + found.first, 0)
+            counts[:, :, run, 0] = count
+        return ids, counts
+
+    def select(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h_kv n d"],
+        anchors: Float[Tensor, "b h n"],
+        scale: float,
+    ) -> Selection:
+        """Return the selection of what is found. No key of it is in `near`, unless `official` says so."""
+        cells = [_cell(found, self.each) for found in self.search(q, k, anchors, scale)]
+        nothing = torch.full((1, 1, 1, 1), -1, device=q.device)
+        packed = _packed([cell for cell in cells if cell.k_ids.shape[3]])
+        return Selection.of_cells(packed or [Cells(nothing, nothing)], q.shape[2], k.shape[2])
+
+
+def largest_logits(
+    q: Float[Tensor, "b h n_q d"], k: Float[Tensor, "b h_kv n_k d"], selection: Selection, scale: float
+) -> Float[Tensor, "b h n_q"]:
+    """Return the largest of each query's logits over the keys it is given, -inf where it has none.
+
+    One cell at a time, so that memory goes with the largest cell.
+    """
+    b, h, n_q, _ = q.shape
+    compute, groups = accumulation_dtype(q.dtype), q.shape[1] // max(k.shape[1], 1)
+    # The last place takes what absent queries would get.
+    top = torch.full((b, h, n_q + 1), float("-inf"), dtype=compute, device=q.device)
+    for cells in selection.cells:
+        allowed = cells.allowed()
+        for c in range(cells.q_ids.shape[2]):
+            q_ids, k_ids = (ids[:, :, c].expand(b, h, -1) for ids in (cells.q_ids, cells.k_ids))
+            rows = _rows(q, q_ids).to(compute) * scale
+            keys = _rows(k.repeat_interleave(groups, 1) if groups > 1 else k, k_ids).to(compute)
+            logits = (rows @ keys.transpose(-1, -2)).masked_fill(~allowed[:, :, c], float("-inf"))
+            top.scatter_reduce_(2, torch.where(q_ids < 0, n_q, q_ids), logits.amax(-1), "amax")
+    return top[..., :n_q]
+
+
+def _rows(x: Float[Tensor, "b h n d"], ids: Int[Tensor, "b h t"]) -> Float[Tensor, "b h t d"]:
+    return x.gather(2, ids.clamp(min=0)[..., None].expand(-1, -1, -1, x.shape[3]))
+
+
+def _front(hits: Bool[Tensor, "*lead keys"]) -> tuple[Int[Tensor, "*lead width"], Int[Tensor, "*lead"]]:
+    """Return the places of the hits, ascending, as wide as the most there are; and how many each row has."""
+    count = hits.sum(-1)
+    width = int(count.max()) if count.numel() else 0
+    return (~hits).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width], count
+
+
+def _cell(found: Found, each: bool) -> Cells:
+    """Make one cell of what some queries found, over the keys that any of them did."""
+    front, count = _front(found.hits.any(2))
+    there = torch.arange(front.shape[-1], device=front.device) < count[..., None]
+    k_ids = torch.where(there, front + found.first, -1)[:, :, None]
+    q_ids = torch.arange(found.start, found.stop, device=front.device).view(1, 1, 1, -1)
+    columns = front[:, :, None].expand(-1, -1, found.hits.shape[2], -1)
+    mask = found.hits.gather(3, columns)[:, :, None] if each else None
+    return Cells(q_ids.expand(*k_ids.shape[:2], 1, -1), k_ids, mask)
+
+
+def _packed(cells: list[Cells]) -> list[Cells]:
+    """Put cells of about the same width into one shape."""
+    cells = sorted(cells, key=lambda cell: -cell.k_ids.shape[3])
+    packed, first = [], 0
+    while first < len(cells):
+        width, last = cells[first].k_ids.shape[3], first
+        while last < len(cells) and 3 * cells[last].k_ids.shape[3] > 2 * width:
+            last += 1
+        packed.append(_joined(cells[first:last], width))
+        first = last
+    return packed
+
+
+def _joined(cells: list[Cells], width: int) -> Cells:
+    tall = max(cell.q_ids.shape[3] for cell in cells)
+    down = [tall - cell.q_ids.shape[3] for cell in cells]
+    right = [width - cell.k_ids.shape[3] for cell in cells]
+    q_ids = [functional.pad(c.q_ids, (0, d), value=-1) for c, d in zip(cells, down, strict=True)]
+    k_ids = [functional.pad(c.k_ids, (0, r), value=-1) for c, r in zip(cells, right, strict=True)]
+    masks = [
+        functional.pad(c.mask, (0, r, 0, d))
+        for c, r, d in zip(cells, right, down, strict=True)
+        if c.mask is not None
+    ]
+    return Cells(torch.cat(q_ids, 2), torch.cat(k_ids, 2), torch.cat(masks, 2) if masks else None)
