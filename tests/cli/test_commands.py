@@ -68,9 +68,31 @@ def test_explain_prints_the_plan():
     assert run("explain", "--window", "13x7", "--dilation", "2x1", "--dtype", "bfloat16", "--kv-heads", "2")
 
 
+def test_explain_simulate_names_the_strides_worth_choosing():
+    output = run("explain", "--grid", "256x256", "--window", "80", "--simulate")
+    assert "10.2x is in reach" in output
+    lines = [line.split() for line in output.splitlines() if "fully block-sparse" in line and "/" in line]
+    assert [(line[0], line[1], line[5]) for line in lines] == [
+        ("128/128", "16x16", "10.24x"),
+        ("256/128", "16x16", "10.24x"),
+    ]
+    cosmos = ["--grid", "44x80", "--window", "20x40", "--stride", "4x8", "--tile-q", "4x8", "--tile-k", "4x8"]
+    (line,) = [x for x in run("explain", *cosmos, "--simulate").splitlines() if x.startswith("4x8/4x8")]
+    assert line.split()[1:6] == ["4x8", "4x8", "4x8", "77.3%", "4.4x"]
+    causal = run("explain", "--grid", "512", "--window", "64", "--dilation", "2", "--causal", "--simulate")
+    assert "128/128" in causal
+    # On the diagonal of a causal axis tiles are always cut.
+    assert "block-sparse" not in causal.split("bound:")[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["explain", "--simulate"], "Add --window 13"),
+        (["explain", "--window", "13", "--tile-q", "8", "--tile-k", "8"], "Add --simulate"),
+        (["explain", "--window", "13", "--simulate", "--tile-q", "8"], "both --tile-q and --tile-k"),
+        (["explain", "--window", "13", "--simulate", "--tile-q", "8x8x8", "--tile-k", "8"], "query_tile"),
+        (["explain", "--window", "13", "--simulate", "--tile-q", "0", "--tile-k", "8"], "positive integers"),
         (["explain", "--window", "99"], "window"),
         (["explain", "--window", "x"], "window: expected an integer such as 13"),
         (["explain", "--dilation", "2"], "Add --window 13"),

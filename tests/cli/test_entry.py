@@ -32,6 +32,17 @@ def test_module_and_console_script_are_the_same():
         assert command in out
 
 
+def test_explain_simulate_in_a_process_of_its_own():
+    process = start("explain", "--grid", "32768", "--window", "2048", "--simulate")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert err == ""
+    perfect = [
+        line.split()[:2] for line in out.splitlines() if "fully block-sparse" in line and "16x" in line
+    ]
+    assert perfect == [["128/128", "256"], ["256/128", "256"]]
+
+
 def test_bad_input_ends_with_a_sentence_and_no_traceback():
     process = start("show", "swim")
     out, err = process.communicate(timeout=60)

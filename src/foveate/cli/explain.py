@@ -38,6 +38,19 @@ def explain(
     batch: Annotated[int, typer.Option(help="Samples.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
     backend: Annotated[str, typer.Option(help="auto, or the backend that must run it.")] = "auto",
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate",
+            help="Instead: which strides of the neighborhood line up with tiles of queries and keys, and the "
+            "speed-up each is bound by. Looks for strides, or judges the one given; heads, dtype and backend "
+            "do not count.",
+        ),
+    ] = False,
+    tile_q: Annotated[
+        str | None, typer.Option(help="With --simulate: queries of a tile, such as 16x8; none: all shapes.")
+    ] = None,
+    tile_k: Annotated[str | None, typer.Option(help="With --simulate: keys of a tile, such as 16x8.")] = None,
 ) -> None:
     """Explain an attention call: pairs, FLOPs, bytes, upper bound of the speed-up, backend and why."""
     from foveate.advise.settings import Settings, parse_grid
@@ -50,6 +63,13 @@ def explain(
         if value is not None and value < 1:
             raise bad(name, value, "a positive integer")
     where: Any = None
+    if simulate and window is None:
+        raise bad("window", None, "a window with --simulate", "Add --window 13.")
+    for name, value in {"tile_q": tile_q, "tile_k": tile_k}.items():
+        if value is not None and not simulate:
+            raise bad(name, value, "no tile without --simulate", "Add --simulate.")
+    if (tile_q is None) != (tile_k is None):
+        raise bad("tile_q, tile_k", (tile_q, tile_k), "both --tile-q and --tile-k, or neither")
     if window is not None:
         where = Neighborhood(
             sizes,
@@ -62,8 +82,21 @@ def explain(
         where = Causal()
     elif (dilation, stride) != ("1", "1"):
         raise bad("window", None, "a window when dilation or stride is given", "Add --window 13.")
+    if simulate:
+        _simulate(where, stride != "1", _per_axis("tile_q", tile_q), _per_axis("tile_k", tile_k))
+        return
     q = (batch, heads, sizes.numel, head_dim)
     k = (batch, kv_heads if kv_heads is not None else heads, sizes.numel, head_dim)
     kind = Settings(workloads=("shapes",), dtype=dtype).torch_dtype
     found = run(q, k, k, where=where, backend=backend, dtype=kind)
     stdout().print(escape(str(found)), soft_wrap=True)
+
+
+def _simulate(where: Any, judge: bool, query_tile: Any, key_tile: Any) -> None:
+    from foveate.cost.simulate import as_rich, in_reach, worth_choosing
+
+    found = worth_choosing(where, query_tile=query_tile, key_tile=key_tile, any_stride=not judge)
+    stdout().print(escape(in_reach(where)), soft_wrap=True)
+    stdout().print(as_rich(found))
+    stdout().print("bound: of the speed-up over dense attention in the same tiles.", soft_wrap=True)
+    stdout().print("fully block-sparse: every tile that is visited is needed entirely.", soft_wrap=True)

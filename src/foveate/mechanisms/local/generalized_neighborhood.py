@@ -11,17 +11,22 @@ partly wasted and the saving in pairs becomes a saving in time.
     causal:  l = min(p // s * s + s - 1, L - 1),  keys of p: [max(l - K + 1, 0), p + 1)
     out_i  = sum_{j in A(i)} softmax_j(q_i . k_j / sqrt(D)) v_j           q, k, v, out (B, H, N, D)
 
-`simulate` answers, before anything runs, how much of that saving a tiling keeps.
+`simulate` answers, before anything runs, how much of that saving a tiling keeps; `foveate explain --simulate`
+looks for strides and tilings with it.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.mechanisms.inputs import frozen
 from foveate.mechanisms.local.fused_neighborhood_attention import NeighborhoodAttention, PerAxis
+from foveate.patterns.axis import AxisRule
 from foveate.patterns.grids import Neighborhood
 
 # Window and stride per axis for 1-, 2- and 3-d grids: a power of two of keys, in steps of half a window.
@@ -133,31 +138,49 @@ def simulate(where: Neighborhood, query_tile: PerAxis, key_tile: PerAxis) -> Sim
         where: the neighborhood.
         query_tile: queries of a tile, per axis.
         key_tile: keys of a tile, per axis.
+
+    Raises:
+        ArgumentError: naming `query_tile` or `key_tile`.
     """
-    tiles_q, tiles_k = (
-        where.grid.per_axis(query_tile, "query_tile"),
-        where.grid.per_axis(key_tile, "key_tile"),
-    )
+    tiles_q = where.grid.per_axis(query_tile, "query_tile")
+    tiles_k = where.grid.per_axis(key_tile, "key_tile")
+    for name, tile in (("query_tile", tiles_q), ("key_tile", tiles_k)):
+        if min(tile) < 1:
+            raise bad(name, tile, "positive integers")
     visited, dense, perfect = 1, 1, True
-    axes = where.axes(where.grid.numel, where.grid.numel)
+    axes = where.axes()
     assert axes is not None
-    for rule, length, dilation, tq, tk in zip(
-        axes, where.grid, where.dilation, tiles_q, tiles_k, strict=True
-    ):
-        seen = every = 0
-        for group in range(dilation):
-            # Keys as positions inside the dilation group.
-            first = [(s - group) // dilation for s in rule.start[group::dilation].tolist()]
-            last = [f + c for f, c in zip(first, rule.count[group::dilation].tolist(), strict=True)]
-            keys = math.ceil((length - group) / dilation)
-            for begin in range(0, len(first), tq):
-                starts, stops = first[begin : begin + tq], last[begin : begin + tq]
-                lo, hi = min(starts) // tk, math.ceil(max(stops) / tk)
-                seen += hi - lo
-                perfect &= max(starts) <= lo * tk and min(stops) >= min(hi * tk, keys)
-            every += math.ceil(len(first) / tq) * math.ceil(keys / tk)
-        visited, dense = visited * seen, dense * every
+    for rule, dilation, tq, tk in zip(axes, where.dilation, tiles_q, tiles_k, strict=True):
+        seen, every, whole = axis_visits(rule, dilation, tq, tk)
+        visited, dense, perfect = visited * seen, dense * every, perfect and whole
     return Simulation(visited, dense, perfect)
+
+
+def axis_visits(rule: AxisRule, dilation: int, query_tile: int, key_tile: int) -> tuple[int, int, bool]:
+    """Return what `simulate` multiplies over the axes: key tiles visited, those of dense attention, all whole?
+
+    Args:
+        rule: the keys of each position of the axis.
+        dilation: how many groups the axis is dealt into.
+        query_tile: positions of a query tile.
+        key_tile: positions of a key tile.
+    """
+    seen = every = 0
+    perfect = True
+    for group in range(dilation):
+        # Keys as positions inside the dilation group; a last, smaller tile repeats its last query.
+        first = (rule.start[group::dilation] - group) // dilation
+        last = first + rule.count[group::dilation]
+        queries, keys = len(first), math.ceil((rule.n_k - group) / dilation)
+        tiles = math.ceil(queries / query_tile)
+        at = torch.arange(tiles * query_tile).clamp(max=queries - 1).view(tiles, query_tile)
+        starts, stops = first[at], last[at]
+        low, high = starts.amin(1) // key_tile, -(-stops.amax(1) // key_tile)
+        seen += int((high - low).sum())
+        every += tiles * math.ceil(keys / key_tile)
+        whole = (starts.amax(1) <= low * key_tile) & (stops.amin(1) >= (high * key_tile).clamp(max=keys))
+        perfect &= bool(whole.all())
+    return seen, every, perfect
 
 
 def block_sparse_strides(where: Neighborhood, query_tile: PerAxis, key_tile: PerAxis) -> Sequence[int]:
