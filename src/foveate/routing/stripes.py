@@ -23,6 +23,9 @@ from foveate.patterns.pattern import check_int
 from foveate.patterns.selection import Selection
 from foveate.routing.blocks import block_count, pool_blocks, select_blocks
 
+# Logits that are held at a time, per batch element and head.
+_ENTRIES = 1 << 20
+
 
 class Found(NamedTuple):
     """What some consecutive queries found.
@@ -166,25 +169,31 @@ def largest_logits(
 ) -> Float[Tensor, "b h n_q"]:
     """Return the largest of each query's logits over the keys it is given, -inf where it has none.
 
-    One cell at a time, so that memory goes with the largest cell.
+    A few cells at a time: memory goes with the cells, not with N x N.
     """
     b, h, n_q, _ = q.shape
     compute, groups = accumulation_dtype(q.dtype), q.shape[1] // max(k.shape[1], 1)
+    q, k = q.to(compute) * scale, k.to(compute).repeat_interleave(groups, 1)
     # The last place takes what absent queries would get.
     top = torch.full((b, h, n_q + 1), float("-inf"), dtype=compute, device=q.device)
     for cells in selection.cells:
-        allowed = cells.allowed()
-        for c in range(cells.q_ids.shape[2]):
-            q_ids, k_ids = (ids[:, :, c].expand(b, h, -1) for ids in (cells.q_ids, cells.k_ids))
-            rows = _rows(q, q_ids).to(compute) * scale
-            keys = _rows(k.repeat_interleave(groups, 1) if groups > 1 else k, k_ids).to(compute)
-            logits = (rows @ keys.transpose(-1, -2)).masked_fill(~allowed[:, :, c], float("-inf"))
-            top.scatter_reduce_(2, torch.where(q_ids < 0, n_q, q_ids), logits.amax(-1), "amax")
+        tq, tk = cells.q_ids.shape[3], cells.k_ids.shape[3]
+        few = max(1, _ENTRIES // max(tq * tk, 1))
+        parts = zip(cells.q_ids.split(few, 2), cells.k_ids.split(few, 2), strict=True)
+        for i, (q_ids, k_ids) in enumerate(parts):
+            mask = cells.mask
+            if mask is not None and mask.shape[2] > 1:
+                mask = mask[:, :, i * few : (i + 1) * few]
+            allowed = Cells(q_ids, k_ids, mask).allowed()
+            ids, rows = q_ids.expand(b, h, -1, -1).flatten(2), _rows(q, q_ids)
+            logits = (rows @ _rows(k, k_ids).transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
+            top.scatter_reduce_(2, torch.where(ids < 0, n_q, ids), logits.amax(-1).flatten(2), "amax")
     return top[..., :n_q]
 
 
-def _rows(x: Float[Tensor, "b h n d"], ids: Int[Tensor, "b h t"]) -> Float[Tensor, "b h t d"]:
-    return x.gather(2, ids.clamp(min=0)[..., None].expand(-1, -1, -1, x.shape[3]))
+def _rows(x: Float[Tensor, "b h n d"], ids: Int[Tensor, "#b #h c t"]) -> Float[Tensor, "b h c t d"]:
+    flat = ids.clamp(min=0).expand(*x.shape[:2], -1, -1).flatten(2)[..., None].expand(-1, -1, -1, x.shape[3])
+    return x.gather(2, flat).unflatten(2, ids.shape[2:])
 
 
 def _front(hits: Bool[Tensor, "*lead keys"]) -> tuple[Int[Tensor, "*lead width"], Int[Tensor, "*lead"]]:
