@@ -45,6 +45,7 @@ def tf_block(vector):
         lattice=config["grid_size"],
         stride=config["pool_stride"],
         expansion=config["expansion_rate"],
+        squeeze=config.get("se_ratio", 0.25),
     ).eval()
     root = vector.names("param")[0].split("/")[0]
     given = {}

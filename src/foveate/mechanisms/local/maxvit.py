@@ -231,6 +231,7 @@ class MaxViTBlock(nn.Module):
         lattice: G of grid attention, `window` when None.
         stride: 1, or 2 to halve the map.
         expansion: width inside MBConv and the MLPs over `dim_out`.
+        squeeze: as in `MBConv`.
         backend: of `attend`.
     """
 
@@ -244,12 +245,13 @@ class MaxViTBlock(nn.Module):
         lattice: int | Sequence[int] | None = None,
         stride: int = 1,
         expansion: float = 4.0,
+        squeeze: float = 0.25,
         backend: str = "auto",
     ):
         super().__init__()
         dim_out = dim if dim_out is None else dim_out
         check_heads(dim_out, heads)
-        self.conv = MBConv(dim=dim, dim_out=dim_out, stride=stride, expansion=expansion)
+        self.conv = MBConv(dim=dim, dim_out=dim_out, stride=stride, expansion=expansion, squeeze=squeeze)
         both: tuple[tuple[Partition, int | Sequence[int]], ...] = (
             ("block", window),
             ("grid", window if lattice is None else lattice),
