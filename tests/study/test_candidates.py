@@ -7,15 +7,8 @@ from foveate.core.errors import ArgumentError, UnknownNameError
 from foveate.core.grid import Grid
 from foveate.patterns.basic import Causal, SlidingWindow
 from foveate.patterns.lower import lower
-from foveate.study import candidates as module
 from foveate.study.candidates import Candidate, Setting, candidates, families, family
 from foveate.study.mass import rows_of
-
-
-@pytest.fixture
-def _registry(monkeypatch):
-    families()
-    monkeypatch.setattr(module, "_FAMILIES", dict(module._FAMILIES))
 
 
 def maps(n, heads=2, batch=1):
@@ -61,7 +54,6 @@ def test_grids_bring_further_families_and_their_absence_is_explained():
     assert {"neighborhood", "axial", "near and far"} <= {c.family for c in found}
 
 
-@pytest.mark.usefixtures("_registry")
 def test_families_of_ones_own():
     @family("diagonal", kind="static")
     def diagonal(setting):

@@ -155,8 +155,9 @@ def test_layers_must_be_alike():
 
 
 def row(candidate, computed, mass, choosing=0.0):
-    return Row(layer="", family=candidate, candidate=candidate, kind="static", pairs=computed, computed=computed,
-               choosing=choosing, mass=mass, mass_worst_decile=mass, error=0.1, oracle=mass, random=computed)  # fmt: skip
+    names = {"layer": "", "family": candidate, "candidate": candidate, "kind": "static"}
+    spent = {"pairs": computed, "computed": computed, "random": computed, "choosing": choosing}
+    return Row(**names, **spent, mass=mass, mass_worst_decile=mass, oracle=mass, error=0.1)
 
 
 def test_the_frontier_and_what_is_said():
