@@ -1,4 +1,4 @@
-"""LITv2 with HiLo attention (arXiv 2205.13213): size and cost of the published models, and of the alpha sweep."""
+"""LITv2 with HiLo attention: size and cost of the published models, and of the sweep over alpha."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +21,7 @@ SWEEP = {0.0: "3.97G", 0.9: "3.73G", 1.0: "3.70G"}
 
 
 def figures() -> Iterator[Figure]:
-    """Yield parameters and multiply-adds of the models, and the multiply-adds of LITv2-S for several alpha."""
+    """Yield parameters and multiply-adds of the models, and the latter of LITv2-S for several alpha."""
     how = "our HiLo modules; the rest of LITv2 counted layer by layer; one image of 224 x 224"
     for name, (spec, printed) in MODELS.items():
         size, adds = litv2(**spec, alpha=0.9)
@@ -71,8 +71,9 @@ def cost(module: HiLoAttention, side: int) -> int:
 def litv2(*, width: int, depths: tuple[int, ...], heads: tuple[int, ...], alpha: float) -> tuple[int, int]:
     """Return (parameters, multiply-adds) of LITv2 at 224 x 224 with 1000 classes.
 
-    Two stages of convolutional MLPs, two with attention (the last one plain), deformable 2 x 2 merging between
-    stages: 12 channels of offsets and modulation, then the convolution. Norms count as parameters only.
+    Two stages of convolutional MLPs, two with attention (the last one plain), deformable 2 x 2 merging
+    between stages: 12 channels of offsets and modulation, then the convolution. Norms count as parameters
+    only.
     """
     size, adds, side = 0, 0, 56
 

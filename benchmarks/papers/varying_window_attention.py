@@ -21,7 +21,7 @@ def figures() -> Iterator[Figure]:
         ours = explain(shape, shape, shape, where=branch.where(grid)).pairs_needed
         context = branch.contexts(grid)[branch.where(grid).dense()[0]].unique().numel()
         yield Figure(
-            claim=f"attention pairs with R = {ratio}, against plain window attention; tokens a window looks at",
+            claim=f"attention pairs with R = {ratio}, against window attention; tokens a window sees",
             paper=f"1 (R^2 = {ratio**2} without rescaling); {ratio**2} x 64",
             ours=f"{ours / plain:g} ({context * n * HEADS / plain:g}); {context}",
             how=how,

@@ -55,8 +55,15 @@ def copied_and_unfolded(e, ratio, counts):
 
 @pytest.mark.parametrize(
     ("ratio", "windows", "sizes"),
-    [(2, 4, (8, 12)), (4, 4, (8, 8)), (2, 4, (12, 20)), (4, 4, (20, 12)), (3, 4, (12, 16)), (2, (2, 4), (8, 12))],
-)  # fmt: skip
+    [
+        (2, 4, (8, 12)),
+        (4, 4, (8, 8)),
+        (2, 4, (12, 20)),
+        (4, 4, (20, 12)),
+        (3, 4, (12, 16)),
+        (2, (2, 4), (8, 12)),
+    ],
+)
 def test_against_copying_and_unfolding(ratio, windows, sizes):
     dim = 36 if ratio == 3 else DIM
     ours, grid = branch(ratio, windows, dim=dim), Grid(*sizes)

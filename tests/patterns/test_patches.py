@@ -22,14 +22,18 @@ def numbered(grid):
 
 
 @given(
-    st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2)
-)  # fmt: skip
-def test_masked_boxes_are_those_of_a_zero_padded_unfold(h, w, size, stride, dilation, padding):
+    st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(0, 2),
+)
+def test_masked_boxes_are_those_of_a_zero_padded_unfold(sizes, size, stride, dilation, padding):
     span = dilation * (size - 1) + 1
-    counts = [(n + 2 * padding - span) // stride + 1 for n in (h, w)]
+    counts = [(n + 2 * padding - span) // stride + 1 for n in sizes]
     if min(counts) < 1 or padding >= span:
         return
-    grid = Grid(h, w)
+    grid = Grid(*sizes)
     ours = Patches(grid, size, stride=stride, counts=counts, start=-padding, dilation=dilation).tokens
     theirs = unfolded(
         numbered(grid), kernel_size=size, stride=stride, padding=padding, dilation=dilation

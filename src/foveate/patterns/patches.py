@@ -32,7 +32,7 @@ _BORDERS = ("mask", "reflect", "shift")
 
 @dataclass(frozen=True)
 class Patches:
-    """Boxes of `size` tokens, `stride` apart, `counts` of them along every axis; row-major, as are their tokens.
+    """Boxes of `size` tokens, `stride` apart, `counts` of them per axis; row-major, as are their tokens.
 
     Args:
         grid: token geometry.

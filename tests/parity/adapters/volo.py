@@ -1,4 +1,4 @@
-"""Outlook attention on maps with channels last: (B, H, W, C) <-> (B, N, C); the written weights are `attn`."""
+"""Outlook attention on maps, channels last: (B, H, W, C) <-> (B, N, C); the written weights are `attn`."""
 
 from foveate.core.grid import Grid
 from foveate.mechanisms.local.volo import OutlookAttention, Outlooker

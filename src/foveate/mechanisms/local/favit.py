@@ -1,11 +1,12 @@
-"""Factorization Vision Transformer: Modeling Long Range Dependency with Local Window Cost. arXiv 2312.08614, 2023.
+"""Factorization Vision Transformer: Modeling Long Range Dependency with Local Window Cost.
+arXiv 2312.08614, 2023.
 
 The attention matrix is replaced by a few narrow ones. Channels are split into groups; in each, every token
 attends to a small set of tokens that stand for the whole map. The global group pools the map with a strided
 convolution. A local group lays windows of M x M over the map and averages what stands at the same place of
 all windows, so that M^2 tokens remain; in the second local group the windows are dilated by r.
 
-    q = x W_q;  x = [x_0 | x_1 | x_2],  q = [q_0 | q_1 | q_2]       C in parts of 2 : 7 : 7  (1 : 7 when r = 1)
+    q = x W_q;  x = [x_0 | x_1 | x_2],  q = [q_0 | q_1 | q_2]      C in parts of 2 : 7 : 7 (1 : 7 when r = 1)
     k_0, v_0 = norm(conv_r(x_0)) W_0                                (B, 1, N / r^2, C_0), one head
     y_i = pointwise(depthwise3x3(x))_i;  a_i = mean_w y_i[window w]      (B, H, M^2, C_i / H)
     k_i, v_i = (a_i U_i) W_i                                        the same maps for every head
@@ -94,7 +95,7 @@ class WindowMean(nn.Module):
     fidelity="vectors",
     dims=(2,),
     sizes="sides of at least half a window's span, reduction (window - 1) + 1",
-    limits="Local keys say what stands where in a window, averaged over the map: nobody sees single tokens.",
+    limits="Local groups see means over all windows of the map, never single tokens.",
 )
 class FactorizedAttention(nn.Module):
     """Factorised self-attention (FaSA): a pooled global group and one or two groups of averaged windows.

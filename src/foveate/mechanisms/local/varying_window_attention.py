@@ -1,9 +1,10 @@
 """Multi-Scale Representations by Varying Window Attention for Semantic Segmentation. arXiv 2404.16573, 2024.
 
-The map is cut into a fixed number of windows per axis, of P x P tokens each. Queries stay in their window; what
-they look at is a context R times as wide around it, brought down to P x P keys again, so that every R costs as
-much as plain window attention. First a convolution over R x R neighbours makes R^2 times fewer channels of the
-map; then every R x R block of the context is stacked into the channels of one key. With x (B, N, C):
+The map is cut into a fixed number of windows per axis, of P x P tokens each. Queries stay in their window;
+what they look at is a context R times as wide around it, brought down to P x P keys again, so that every R
+costs as much as plain window attention. First a convolution over R x R neighbours makes R^2 times fewer
+channels of the map; then every R x R block of the context is stacked into the channels of one key. With x
+(B, N, C):
 
     e = relu(bn(conv_RxR(x)))                          (B, C / R^2, H, W), zeros beyond the map
     z_j = [e at the R x R tokens of block j of the context of window w]      (B, P^2, C) per window
@@ -11,11 +12,11 @@ map; then every R x R block of the context is stacked into the channels of one k
     out = relu(bn([local(x) | pool(x) | branch_R1 | branch_R2 | ...] W_fuse))               (B, N, C)
 
 At the border the context is filled by copy-shift padding: what is missing on one side is copied from the far
-end of the context that was moved inside, so that a border window looks at the R P x R P tokens nearest to it, in
-cyclic order, and at no zeros. `local` is a 1 x 1 convolution, `pool` the mean of the map through another; both
-with batch norm and ReLU. Branches equal the authors' code on vectors, for which mmcv's layers were replaced by
-others of the same mathematics; the fusion follows their code without vectors. Contexts wider than the map,
-which they fill with zeros, are refused.
+end of the context that was moved inside, so that a border window looks at the R P x R P tokens nearest to it,
+in cyclic order, and at no zeros. `local` is a 1 x 1 convolution, `pool` the mean of the map through another;
+both with batch norm and ReLU. Branches equal the authors' code on vectors, for which mmcv's layers were
+replaced by others of the same mathematics; the fusion follows their code without vectors. Contexts wider than
+the map, which they fill with zeros, are refused.
 """
 
 import math

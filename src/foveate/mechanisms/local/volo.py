@@ -8,9 +8,9 @@ token stands in several such windows and gets the sum of what they make of it. W
     A_a = softmax_rows(anchor_a W_a / sqrt(D))                               (B, H, anchors, K^2, K^2)
     out_i = sum_{a: i in window(a)} sum_{j in window(a)} A_a[i, j] v_j       then a projection
 
-Anchors stand `stride` apart; with stride > 1 an anchor is the mean of stride x stride tokens. Windows that leave
-the map find zeros there, which take part in the softmax and give nothing, and what is written there is lost.
-The sums are not divided by the number of windows (up to K^2 at stride 1).
+Anchors stand `stride` apart; with stride > 1 an anchor is the mean of stride x stride tokens. Windows that
+leave the map find zeros there, which take part in the softmax and give nothing, and what is written there is
+lost. The sums are not divided by the number of windows (up to K^2 at stride 1).
 """
 
 import math
