@@ -303,7 +303,7 @@ def _ragged(chosen: Bool[Tensor, "b h nq nk"], maker: _Maker) -> list[Cells]:
     order = count.argsort(dim=-1, descending=True, stable=True)
     # Most blocks that a row at this place of the order takes, in any batch element and head.
     most = count.gather(-1, order).flatten(0, 1).amax(0).tolist() if b * h else []
-    front = (~taken).long().argsort(dim=-1, stable=True)
+    front = (~taken).to(torch.uint8).argsort(dim=-1, stable=True)
     cells, first = [], 0
     while first < len(most) and most[first] > 0:
         width, last = most[first], first
