@@ -17,7 +17,7 @@ from foveate.kernels.problem import Problem, check_where, dense_where
 from foveate.kernels.select import BACKENDS, plan, tell_watchers
 from foveate.scores.after import After
 from foveate.scores.base import Extent, Score
-from foveate.scores.pairs import Pairs, take_rows
+from foveate.scores.pairs import Pairs, look_up
 from foveate.scores.rules import Rule
 
 
@@ -145,9 +145,7 @@ def apply(
             at = Pairs(q_ids, k_ids, n_q=schedule.n_q, n_k=schedule.n_k)
             mask = group.mask()
             allowed = at.present if mask is None else at.present & mask.to(device)
-            # A single row is not looked up but left to broadcast, which a product does not do.
-            rows = take_rows(values, at.k).expand(-1, -1, *at.k.shape[2:], -1)
-            outs.append(part.to(compute).masked_fill(~allowed, 0.0) @ rows)
+            outs.append(part.to(compute).masked_fill(~allowed, 0.0) @ look_up(values, at.k))
             ids.append(q_ids)
         shape = (batch, heads, schedule.n_q, v.shape[-1])
         return combine_cells(outs, ids, schedule.combine, shape, values).to(v.dtype)

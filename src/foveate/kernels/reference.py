@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.kernels.combine import combine_cells
 from foveate.kernels.problem import Problem
 from foveate.kernels.stages import score_stage, weigh_stage
-from foveate.scores.pairs import take_rows
+from foveate.scores.pairs import look_up
 
 NAME = "reference"
 
@@ -46,12 +46,12 @@ def _cells(problem: Problem) -> Tensor:
     for group in problem.schedule.groups:
         q_ids, k_ids = group.q_ids().to(q.device), group.k_ids().to(q.device)
         at = problem.pairs(q_ids, k_ids)
-        products = take_rows(q, at.q) @ take_rows(k, at.k).transpose(-2, -1)
+        products = look_up(q, at.q) @ look_up(k, at.k).transpose(-2, -1)
         allowed, mask = at.present, group.mask()
         if mask is not None:
             allowed = allowed & mask.to(q.device)
         weights, _ = weigh_stage(problem, score_stage(problem, products, at), at, allowed)
-        outs.append(weights @ take_rows(v, at.k))
+        outs.append(weights @ look_up(v, at.k))
         ids.append(q_ids)
     return combine_cells(
         outs, ids, problem.combine, (problem.batch, problem.heads, problem.n_q, problem.d_v), q

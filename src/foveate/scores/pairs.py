@@ -146,6 +146,14 @@ def take_rows(
     return rows.reshape(b, h, *ids.shape[2:], *rest)
 
 
+def look_up(
+    x: Shaped[Tensor, "b h n *rest"], ids: Int[Tensor, "bi hi *cells t"]
+) -> Shaped[Tensor, "bo ho *cells t *rest"]:
+    """Look rows of `x` up at non-negative `ids`, a single row too: products do not broadcast as sums do."""
+    rows = take_rows(x, ids)
+    return rows.expand(*rows.shape[:2], *ids.shape[2:], *x.shape[3:])
+
+
 def take_pairs(
     x: Shaped[Tensor, "b h nq nk"], at: Pairs, *, phantom: float | bool = 0
 ) -> Shaped[Tensor, "..."]:

@@ -81,3 +81,13 @@ def test_chosen_and_counted():
     problem = Problem.of((1, 4, N_Q, 16), (1, 4, N_K, 16), (1, 4, N_K, 16), where=schedule((1, 1), Mean()))
     chosen = plan(problem, "cpu")
     assert chosen.pairs_computed == 4 * (5 * 17 * 30 + 3 * 9 * 20)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tiles", "reference"])
+@pytest.mark.parametrize(("n_q", "n_k"), [(1, 9), (9, 1), (1, 1)])
+def test_single_rows(backend, n_q, n_k):
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 2, n_q, 8), torch.randn(1, 2, n_k, 8)
+    group = ExplicitGroup(torch.arange(n_q).expand(1, 1, 3, n_q), torch.arange(n_k).expand(1, 1, 3, n_k))
+    out = attend(q, k, k, where=Schedule(n_q, n_k, (group,), Mean()), backend=backend)
+    torch.testing.assert_close(out, attend(q, k, k), rtol=1e-5, atol=1e-6)

@@ -18,7 +18,7 @@ from foveate.kernels.problem import Problem
 from foveate.patterns.groups import ExplicitGroup
 from foveate.patterns.schedule import Schedule
 from foveate.scores.bias import KeyBias
-from foveate.scores.pairs import take_rows
+from foveate.scores.pairs import look_up
 from foveate.scores.temperature import RowFactor, SoftCap
 
 
@@ -53,7 +53,7 @@ class Slots(NamedTuple):
         """Return the row of every place; zeros and -1 ids read row 0, which nobody looks at."""
         b, h = (max(n, m) for n, m in zip(x.shape[:2], self.schedule.leading, strict=True))
         x = x.expand(b, h, -1, -1)
-        return torch.cat([take_rows(x, ids.clamp_min(0)).flatten(2, 3) for ids in self.ids], dim=2)
+        return torch.cat([look_up(x, ids.clamp_min(0)).flatten(2, 3) for ids in self.ids], dim=2)
 
     def terms(self, read: Terms) -> Terms:
         """Return the terms of a problem over places. Cells that heads tell apart have codes without queries."""
