@@ -128,7 +128,6 @@ def test_decoding_is_refused_with_the_reason():
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"kv_heads": 3}, "kv_heads"),
         ({"block": 0}, "block"),
         ({"step": 0}, "step"),
         ({"route": "row"}, "route"),

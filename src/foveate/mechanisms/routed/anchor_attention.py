@@ -31,8 +31,8 @@ from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
 from foveate.kernels.merge import merge
-from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.projections import merge_heads, split_heads
+from foveate.mechanisms.inputs import check_tokens
+from foveate.mechanisms.projections import QKV, merge_heads
 from foveate.patterns.selection import Selection
 from foveate.routing.stripes import StripeRouter
 
@@ -90,9 +90,8 @@ def anchor_attention(
     cost="O(N (b + G) C + N^2 C / b + N s C)",
     fidelity="vectors",
     causal="always",
-    limits="For prompts: decode densely, as searching for one query costs what attending does. Strictly causal only "
-    "with route='token', whose search costs O(N^2 C). Always causal: on a grid tokens see what comes before them "
-    "in row-major order.",
+    limits="For prompts: decode densely, as searching for one query costs what attending does. Always attends "
+    "causally (in row-major order on a grid); chooses causally only with route='token', whose search costs O(N^2 C).",
 )
 class AnchorAttention(nn.Module):
     """Causal attention to the first keys, the nearby ones, and those found by their distance to the anchor.
@@ -100,13 +99,13 @@ class AnchorAttention(nn.Module):
     Args:
         dim: channels C.
         heads: number of query heads; must divide `dim`.
-        kv_heads: key heads, as many as queries by default.
         block: b, tokens per block.
         step: blocks of a run.
         theta: how far below the anchor a logit may be, in nats.
         init: initial blocks that everybody sees.
         local: runs that are seen wholly, the query's own included.
-        route: "block" (published; causal in what is attended, not in what is chosen) or "token" (strict).
+        route: "block" (published: later tokens of a run help to choose) or "token" (strictly causal).
+        qkv_bias: whether the q, k, v projections have a bias.
         official: the bounds of the authors' kernels, see above.
         backend: of `attend`.
 
@@ -119,30 +118,25 @@ class AnchorAttention(nn.Module):
         *,
         dim: int,
         heads: int,
-        kv_heads: int | None = None,
         block: int = 128,
         step: int = 16,
         theta: float = 12.0,
         init: int = 1,
         local: int = 1,
         route: Literal["block", "token"] = "block",
+        qkv_bias: bool = True,
         official: bool = False,
         backend: str = "auto",
     ):
         super().__init__()
-        width = check_heads(dim, heads)
-        kv_heads = heads if kv_heads is None else kv_heads
-        if kv_heads < 1 or heads % kv_heads:
-            raise bad("kv_heads", kv_heads, f"a divisor of heads={heads}")
         if route not in ("block", "token"):
             raise bad("route", route, "'block' or 'token'")
-        self.dim, self.heads, self.kv_heads, self.backend = dim, heads, kv_heads, backend
+        self.dim, self.heads, self.backend = dim, heads, backend
         self.router = StripeRouter(
             block, step, theta, init=init, local=local, each=route == "token", official=official
         )
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(dim, 2 * kv_heads * width, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=False)
+        self.qkv = QKV(dim, heads, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
 
     @classmethod
     def for_workload(cls, *, dim: int, grid: Grid, heads: int, causal: bool = False) -> "AnchorAttention":
@@ -161,10 +155,10 @@ class AnchorAttention(nn.Module):
             ArgumentError: naming `x` or `grid`.
         """
         check_tokens(x, grid, self.dim)
-        k, v = (split_heads(part, self.kv_heads) for part in self.kv(x).chunk(2, -1))
-        out = anchor_attention(split_heads(self.q(x), self.heads), k, v, self.router, backend=self.backend)
+        q, k, v = self.qkv(x)
+        out = anchor_attention(q, k, v, self.router, backend=self.backend)
         return self.proj(merge_heads(out))
 
     def extra_repr(self) -> str:
         """Show the options."""
-        return f"dim={self.dim}, heads={self.heads}, kv_heads={self.kv_heads}, {self.router!r}"
+        return f"dim={self.dim}, heads={self.heads}, {self.router!r}"
