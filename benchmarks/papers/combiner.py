@@ -37,7 +37,8 @@ def figures() -> Iterator[Figure]:
             ours=f"{share:.0%}",
             how=f"causal, N = {n}, random weights; values are unit vectors",
         )
-    for variant, paper in (("sqrt", "O(L sqrt(L))"), ("mixture", "O(L sqrt(L))"), ("logn", "O(L log L)")):
+    growth: dict[Variant, str] = {"sqrt": "O(L sqrt(L))", "mixture": "O(L sqrt(L))", "logn": "O(L log L)"}
+    for variant, paper in growth.items():
         small, large = _pairs(variant, 1024), _pairs(variant, 4096)
         grown = log(large / small) / log(4)
         yield Figure(
