@@ -15,7 +15,8 @@ ROUTERS = st.builds(
     StripeRouter,
     block=st.integers(1, 4),
     step=st.integers(1, 3),
-    theta=st.sampled_from([-1.0, 0.0, 1.0, 3.0]),
+    # Never 0: with official bounds the key of the anchor is searched too, and would be tied with itself.
+    theta=st.sampled_from([-1.0, 0.1, 1.0, 3.0]),
     init=st.integers(0, 2),
     local=st.integers(1, 2),
     each=st.booleans(),
