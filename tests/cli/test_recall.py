@@ -11,7 +11,7 @@ from foveate.study.records import Recall
 from tests.cli.test_commands import run
 from tests.study.models import TEXT, bert_folder
 
-QUICK = ["--only", "window*", "--only", "top blocks", "--budget", "0.1", "--budget", "0.4"]
+QUICK = ["--only", "window*", "--only", "blocks by mean", "--budget", "0.1", "--budget", "0.4"]
 
 
 def test_random_maps_are_measured_and_kept(tmp_path):
@@ -22,7 +22,7 @@ def test_random_maps_are_measured_and_kept(tmp_path):
     assert document["fingerprint"]["torch"] == torch.__version__
     found = Recall.from_dict(document)
     assert found.settings["tokens"] == 128
-    assert {row.family for row in found.rows} == {"window", "window + sinks", "top blocks"}
+    assert {row.family for row in found.rows} == {"window", "window + sinks", "blocks by mean"}
     for word in ("computed", "worst 10%", "oracle", "SlidingWindow(6, 6)", "of the mass", "recall.svg"):
         assert word in output
 

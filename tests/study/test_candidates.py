@@ -1,5 +1,7 @@
 """Families of candidates: registered in one place, sized to budgets, extensible."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -37,7 +39,10 @@ def test_candidates_spend_about_their_budget(grid):
     q, k = maps(256)
     budgets = (0.1, 0.4)
     found, _ = candidates(Setting(n=256, grid=grid, budgets=budgets))
-    for name in {c.family for c in found} - {"axial", "dilated window"}:
+    for name in {c.family for c in found} - {
+        "axial",
+        "dilated window",
+    }:  # of one size, and of a quarter at most
         members = [c for c in found if c.family == name]
         assert len(members) == 2, name
         for budget, member in zip(budgets, members, strict=True):
@@ -45,12 +50,33 @@ def test_candidates_spend_about_their_budget(grid):
             assert 0.4 * budget < spent < 1.4 * budget, member.label
 
 
+def test_the_causal_search_spends_about_its_budget():
+    q, k = maps(512)
+    setting = Setting(n=512, grid=Grid(512), causal=True, budgets=(0.05, 0.2))
+    found, _ = candidates(setting, ["tree search"])
+    for budget, member in zip(setting.budgets, found, strict=True):
+        late = rows_of(member.where(q, k, causal=True), torch.arange(256, 512), 512).float().mean()
+        assert 0.5 * budget < late < 1.2 * budget, member.label
+
+
+def test_stripes_grow_with_theta():
+    q, k = maps(256)
+    found, _ = candidates(Setting(n=256, grid=Grid(256), causal=True), ["stripes"])
+    masks = [rows_of(c.where(q, k, causal=True), torch.arange(256), 256) for c in found]
+    for small, large in pairwise(masks):
+        assert not (small & ~large).any()
+    assert masks[0].sum() < masks[-1].sum()
+
+
 def test_grids_bring_further_families_and_their_absence_is_explained():
     _, refused = candidates(Setting(n=64, grid=Grid(64)))
     assert "neighborhood" in refused
     assert "Name one" in refused["neighborhood"]
     found, refused = candidates(Setting(n=64, grid=Grid(8, 8)))
-    assert not refused
+    assert set(refused) == {"tree search", "stripes"}
+    found_causal, refused = candidates(Setting(n=64, grid=Grid(8, 8), causal=True))
+    assert set(refused) == {"regions"}
+    assert {"tree search", "stripes"} <= {c.family for c in found_causal}
     assert {"neighborhood", "axial", "near and far"} <= {c.family for c in found}
 
 
@@ -92,10 +118,12 @@ def test_content_finds_what_is_planted():
     q = codes.roll(5, 0).repeat_interleave(16, 0)[None, None] + 0.1 * torch.randn(1, 1, n, width)
     p = (q @ k.transpose(-1, -2) * width**-0.5).softmax(-1)
     found, _ = candidates(Setting(n=n, grid=Grid(n), budgets=(0.15,)))
+    by_family = {}
     for candidate in found:
         mask = rows_of(candidate.where(q, k, causal=False), torch.arange(n), n)
-        mass = float((p * mask).sum(-1).mean())
+        mass = by_family[candidate.family] = float((p * mask).sum(-1).mean())
         if candidate.kind == "content":
             assert mass > 0.8, candidate.label
         if candidate.family == "window":
             assert mass < 0.3
+    assert by_family["blocks by largest weight"] >= by_family["blocks by mean"] - 1e-3

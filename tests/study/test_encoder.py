@@ -138,7 +138,7 @@ def test_its_attention_is_far_from_uniform_and_has_structure(minilm):
     maps = minilm.maps(documentation(1), tokens=256)
     assert len(maps) == 6
     assert maps[0].q.shape == (1, 12, 256, 32)
-    found = recall(maps, only=["window + sinks", "top blocks"], budgets=(0.1,)).mean()
+    found = recall(maps, only=["window + sinks", "blocks by mean"], budgets=(0.1,)).mean()
     best = next(x for x in found.references if x.rule == "oracle" and abs(x.pairs - 0.1) < 0.01)
     assert best.mass > 0.6
     for row in found.rows:

@@ -53,10 +53,15 @@ class Maps:
         return self.q.shape[2]
 
     def spread(self) -> Maps:
-        """Return the same in float32, with as many key and value heads as query heads."""
-        times = self.q.shape[1] // self.k.shape[1]
+        """Return the same in float32, with as many key and value heads as query heads and the default scale.
+
+        Another scale is multiplied into q, so that routers, which see q and k alone, see the logits' sizes.
+        """
+        times, q = self.q.shape[1] // self.k.shape[1], self.q.float()
+        if self.scale is not None:
+            q = q * (self.scale * q.shape[3] ** 0.5)
         k, v = (x.float().repeat_interleave(times, dim=1) for x in (self.k, self.v))
-        return Maps(self.name, self.q.float(), k, v, self.scale)
+        return Maps(self.name, q, k, v)
 
 
 def random_maps(n: int, *, heads: int = 2, head_dim: int = 64, seed: int = 0) -> list[Maps]:

@@ -101,12 +101,12 @@ def spaced(n: int, most: int) -> Int[Tensor, "r"]:
 
 def blocks(maps: Maps, q_ids: Int[Tensor, "r"], *, causal: bool) -> Iterator[Rows]:
     """Yield full attention of the queries `q_ids`, as many at a time as memory allows."""
+    maps = maps.spread()
     q, k, v = maps.q, maps.k, maps.v
-    scale = q.shape[-1] ** -0.5 if maps.scale is None else maps.scale
     rows = max(1, CHUNK // (q.shape[0] * q.shape[1] * maps.n))
     q_ids, keys, first = q_ids.to(q.device), torch.arange(maps.n, device=q.device), 0
     for part in q_ids.split(rows):
-        logits = (q[:, :, part] @ k.transpose(-1, -2)) * scale
+        logits = (q[:, :, part] @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         visible = torch.full_like(part, maps.n)
         if causal:
             visible = part + 1

@@ -180,7 +180,7 @@ class _Layer:
         output = None
         if getattr(where, "combine", "lse") != "lse":
             # Cells that combine otherwise are no softmax over the kept pairs.
-            output = attend(q, k, v, where=where, scale=self.maps.scale)[:, :, self.q_ids]
+            output = attend(q, k, v, where=where)[:, :, self.q_ids]
         tally = _Tally()
         for rows in self.rows():
             mask = rows_of(where, rows.q_ids, n)

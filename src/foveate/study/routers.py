@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from foveate.core.errors import bad
+from foveate.mechanisms.routed.anchor_attention import select_keys
+from foveate.mechanisms.routed.hip_attention import hip_selection
 from foveate.patterns.schedule import Mean
 from foveate.patterns.selection import Selection
 from foveate.routing.blocks import causal_blocks, choose_top, pool_blocks, select_blocks
 from foveate.routing.clusters import OnlineKMeans, on_sphere, top_members
+from foveate.routing.levels import sample_offsets, sampled_importance
 from foveate.routing.regions import Regions, select_regions, top_regions
+from foveate.routing.stripes import StripeRouter
+from foveate.routing.truth import block_weights
 from foveate.study.candidates import Router, Setting, family
 
 Members = Iterator[tuple[str, Router]]
@@ -46,9 +51,8 @@ def regions(setting: Setting) -> Members:
         yield f"top {top} of {cut.numel} regions", choose
 
 
-@family("top blocks", kind="content")
-def top_blocks(setting: Setting) -> Members:
-    """Yield the top blocks of averaged keys for each block of averaged queries, and the query's own block.
+def _blocks(setting: Setting, how: str, score: Callable[[Tensor, Tensor, int], Tensor]) -> Members:
+    """Yield the blocks that `score(q, k, block)` (B, H, blocks, blocks) puts first, and the query's own.
 
     Causal: among blocks that are not wholly later.
     """
@@ -59,13 +63,94 @@ def top_blocks(setting: Setting) -> Members:
         top = max(1, round(share * count))
 
         def choose(q: Tensor, k: Tensor, top: int = top) -> Selection:
-            scores = pool_blocks(q, block) @ pool_blocks(k, block).transpose(-1, -2)
             own = torch.eye(count, dtype=torch.bool, device=q.device)
             allowed = causal_blocks(n, n, block, block, device=q.device) if setting.causal else None
-            chosen = choose_top(scores.masked_fill(own, float("inf")), top, allowed)
+            chosen = choose_top(score(q, k, block).masked_fill(own, float("inf")), top, allowed)
             return select_blocks(chosen, block, block, n, n, causal=setting.causal)
 
-        yield f"top {top} of {count} blocks of {block}", choose
+        yield f"top {top} of {count} blocks of {block}, {how}", choose
+
+
+@family("blocks by mean", kind="content")
+def blocks_by_mean(setting: Setting) -> Members:
+    """Yield the blocks whose mean keys fit a block's mean query best (as MoBA and others pool)."""
+    return _blocks(
+        setting, "by mean", lambda q, k, size: pool_blocks(q, size) @ pool_blocks(k, size).transpose(-1, -2)
+    )
+
+
+@family("blocks by sample", kind="content")
+def blocks_by_sample(setting: Setting) -> Members:
+    """Yield the blocks in which a quarter of the tokens find the largest weights (Pyramid Sparse Attention)."""
+
+    def score(q: Tensor, k: Tensor, size: int) -> Tensor:
+        some = sample_offsets(size, max(1, size // 4)).to(q.device)
+        return sampled_importance(q, k, size, size, q_offsets=some, k_offsets=some, causal=setting.causal)
+
+    return _blocks(setting, "by sample", score)
+
+
+@family("blocks by largest weight", kind="content")
+def blocks_by_largest_weight(setting: Setting) -> Members:
+    """Yield the blocks that hold the largest weights: what a learned gate aims at (SeerAttention).
+
+    Choosing costs as much as full attention; it shows what a router of blocks could come to.
+    """
+    return _blocks(
+        setting,
+        "by largest weight",
+        lambda q, k, size: block_weights(q, k, size, size, causal=setting.causal),
+    )
+
+
+@family("tree search", kind="content")
+def tree_search(setting: Setting) -> Members:
+    """Yield the keys a binary search over segments finds, sinks and a window (HiP).
+
+    Raises:
+        ArgumentError: naming `causal`.
+    """
+    _needs_causal(setting, "The search is made for keys that lie before a query.")
+    block_q = max(1, min(32, setting.n // 64))
+    for share in setting.budgets:
+        total = setting.keys(share)
+        block_k = max(1, min(8, total // 16))
+        window = max(block_q, total // 4)
+        keys = max(block_k, total - window - block_k)
+
+        def choose(q: Tensor, k: Tensor, keys=keys, block_k=block_k, window=window) -> Selection:
+            return hip_selection(
+                q, k, keys=keys, block_q=block_q, block_k=block_k, group=1, window=window, sink=block_k
+            )[1]
+
+        yield f"{keys} keys in blocks of {block_k} for {block_q} queries, window {window}", choose
+
+
+@family("stripes", kind="content")
+def stripes(setting: Setting) -> Members:
+    """Yield single keys that come near an anchor, the first ones and those nearby (AnchorAttention).
+
+    Its budget is a distance of logits, not a number of pairs: one member for each of five.
+
+    Raises:
+        ArgumentError: naming `causal`.
+    """
+    _needs_causal(setting, "Anchors are taken from keys before a query.")
+    n = setting.n
+    block = max(4, min(128, 1 << max(0, round(math.log2(n) / 2) - 1)))
+    for theta in (0.0, 1.0, 2.0, 4.0, 6.0):
+        router = StripeRouter(block, 4, theta)
+
+        def choose(q: Tensor, k: Tensor, router: StripeRouter = router) -> Selection:
+            near, far = select_keys(q, k, router)
+            return Selection.of_cells([*near.cells, *far.cells], n, n)
+
+        yield f"theta {theta:g}, blocks of {block}, 4 to a run", choose
+
+
+def _needs_causal(setting: Setting, hint: str) -> None:
+    if not setting.causal:
+        raise bad("causal", False, "True", hint)
 
 
 @family("clusters", kind="content")

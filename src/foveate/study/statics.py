@@ -25,8 +25,8 @@ def _fixed(pattern: Pattern) -> tuple[str, Router]:
     return repr(pattern), lambda q, k: pattern
 
 
-def _listed(setting: Setting, pattern: BlockList) -> Router:
-    """Return a list of blocks; causal, its cells are kept, as tiles of other sizes would tear the blocks."""
+def _listed(setting: Setting, pattern: Pattern) -> Router:
+    """Return a pattern of blocks; causal, its own cells are kept: tiles of other sizes would tear the blocks."""
     return lambda q, k: _joined(setting.n, [pattern]) if setting.causal else pattern
 
 
@@ -133,7 +133,7 @@ def _block_of(setting: Setting, blocks_per_row: float, share: float) -> int:
 
 @family("powers of two", kind="static")
 def powers_of_two(setting: Setting) -> Members:
-    """Yield blocks at distances 0, 1, 2, 4, 8, ... blocks: LogSparse (arXiv 1907.00235), in blocks."""
+    """Yield blocks at distances 0, 1, 2, 4, 8, ... blocks: LogSparse (arXiv 1907.00235), PowerAttention."""
     for share in setting.budgets:
         # The number of distances depends on the block, the block on the number of distances.
         block = max(1, round(share * setting.n / 8))
