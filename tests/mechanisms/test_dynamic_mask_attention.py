@@ -9,6 +9,7 @@ from foveate.kernels.attend import attend
 from foveate.mechanisms.past import Past
 from foveate.mechanisms.routed.dynamic_mask_attention import (
     DynamicMaskAttention,
+    DynamicPast,
     dynamic_mask_attention,
     select_kept,
 )
@@ -183,3 +184,5 @@ def test_bad_arguments_are_named():
     module = DynamicMaskAttention(dim=16, heads=4)
     with pytest.raises(ArgumentError, match=r"^past:"):
         module.step(torch.randn(2, 16), Past(k, v))
+    with pytest.raises(ArgumentError, match=r"^past:"):
+        module.step(torch.randn(2, 16), DynamicPast(k, v, bias))

@@ -5,7 +5,7 @@ Modules offer `prefill(x (B, N, C), past=None) -> (out, past)` for a stretch of 
 `step(x (B, C), past) -> (out, past)` for one. `past` is a value: no call changes the one it was given.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,29 +13,41 @@ from torch import Tensor
 
 from foveate.core.errors import bad
 
+P = TypeVar("P", bound=tuple[Any, ...])
+
 
 class Past(NamedTuple):
-    """Keys and values of all tokens so far, as attention reads them (rotated, normed)."""
+    """Keys and values of all tokens so far, as attention reads them (rotated, normed).
+
+    A mechanism that keeps more has a tuple of its own, of tensors with tokens on axis 2.
+    """
 
     k: Float[Tensor, "b h n d"]
     v: Float[Tensor, "b h n e"]
 
 
-def length(past: Past | None) -> int:
+def length(past: tuple[Tensor, ...] | None) -> int:
     """Return how many tokens came before: the position of the next one."""
-    return 0 if past is None else past.k.shape[2]
+    return 0 if past is None else past[0].shape[2]
 
 
-def extend(past: Past | None, k: Float[Tensor, "b h n d"], v: Float[Tensor, "b h n e"]) -> Past:
-    """Return the past with the keys and values of the new tokens behind it.
+def extend(past: P | None, new: P) -> P:
+    """Return the past with what the new tokens bring behind it.
+
+    Args:
+        past: of the tokens before, None for none.
+        new: of the new tokens; tokens are on axis 2 of every tensor.
 
     Raises:
-        ArgumentError: naming `past`, when batch, heads or widths differ.
+        ArgumentError: naming `past`, when it is another kind, or batch, heads or widths differ.
     """
     if past is None:
-        return Past(k, v)
-    for old, new in ((past.k, k), (past.v, v)):
-        if old.ndim != 4 or (*old.shape[:2], old.shape[3]) != (*new.shape[:2], new.shape[3]):
-            expected = f"(batch, heads, tokens, width) = {(*new.shape[:2], 'any', new.shape[3])}"
-            raise bad("past", tuple(old.shape), expected, "It is the second result of prefill or step.")
-    return Past(torch.cat([past.k, k], dim=2), torch.cat([past.v, v], dim=2))
+        return new
+    hint = "It is the second result of prefill or step."
+    if type(past) is not type(new):
+        raise bad("past", type(past).__name__, f"a {type(new).__name__}", hint)
+    for old, more in zip(past, new, strict=True):
+        if (*old.shape[:2], *old.shape[3:]) != (*more.shape[:2], *more.shape[3:]):
+            expected = f"batch, heads and widths {(*more.shape[:2], *more.shape[3:])}"
+            raise bad("past", tuple(old.shape), expected, hint)
+    return type(new)(*(torch.cat([old, more], dim=2) for old, more in zip(past, new, strict=True)))

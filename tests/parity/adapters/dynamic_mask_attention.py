@@ -10,14 +10,15 @@ from foveate.mechanisms.routed.dynamic_mask_attention import (
 def op(vector):
     config = vector.config
     q, k, v, bias = (vector.input(name) for name in ("query", "key", "value", "attn_bias"))
+    causal = config.get("is_causal", True)
     visible = vector.take("in.causal_mask").bool() if vector.has("in.causal_mask") else None
     options = {
         "window": config["window_size"],
         "smooth": config.get("block_size") or 1,
         "keep": config.get("type", "topk"),
-        # The mask that was given says who comes before whom.
-        "causal": False,
-        "visible": visible if config.get("is_causal", True) else None,
+        # A mask that was given says who comes before whom.
+        "causal": causal and visible is None,
+        "visible": visible if causal else None,
     }
     out = dynamic_mask_attention(q, k, v, bias, scale=config["scaling"], **options)
     results = {"out.out": out.transpose(1, 2)}

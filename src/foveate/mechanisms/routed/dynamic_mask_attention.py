@@ -15,7 +15,7 @@ are worth the same the later one is kept (theirs takes any), so that at A = 0 th
 The paper's text leaves norms and rotary embedding to the model; they are those of the authors' Doge.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,7 +27,7 @@ from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
 from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.past import Past, extend, length
+from foveate.mechanisms.past import extend, length
 from foveate.mechanisms.projections import merge_heads, split_heads
 from foveate.patterns.basic import Causal
 from foveate.patterns.pattern import check_int
@@ -156,6 +156,14 @@ def _counts_so_far(positive: Bool[Tensor, "b h n_k"], n_q: int, smooth: int) -> 
     return before[..., last] - before[..., first][..., None, :]
 
 
+class DynamicPast(NamedTuple):
+    """Keys, values, and what each key is worth, of all tokens so far."""
+
+    k: Float[Tensor, "b h_kv n d"]
+    v: Float[Tensor, "b h_kv n e"]
+    bias: Float[Tensor, "b h_kv n"]
+
+
 @system(
     key="dynamic_mask_attention",
     title="Trainable Dynamic Mask Sparse Attention",
@@ -250,11 +258,11 @@ class DynamicMaskAttention(nn.Module):
     def prefill(
         self,
         x: Float[Tensor, "b n c"],
-        past: Past | None = None,
+        past: DynamicPast | None = None,
         *,
         present: Bool[Tensor, "b n_k"] | None = None,
         visible: Bool[Tensor, "..."] | None = None,
-    ) -> tuple[Float[Tensor, "b n c"], Past]:
+    ) -> tuple[Float[Tensor, "b n c"], DynamicPast]:
         """Mix a stretch of tokens that follows `past`, and return the new past too.
 
         Args:
@@ -266,7 +274,9 @@ class DynamicMaskAttention(nn.Module):
         q, past = self._project(x, past)
         return self.proj(merge_heads(self._attend(q, past, past.v, present, visible))), past
 
-    def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:
+    def step(
+        self, x: Float[Tensor, "b c"], past: DynamicPast | None = None
+    ) -> tuple[Float[Tensor, "b c"], DynamicPast]:
         """Decode one token."""
         out, past = self.prefill(x.unsqueeze(1), past)
         return out.squeeze(1), past
@@ -280,21 +290,22 @@ class DynamicMaskAttention(nn.Module):
         ones = torch.eye(n, dtype=x.dtype, device=x.device).expand(x.shape[0], self.kv_heads, n, n)
         return self._attend(q, past, ones, None, visible)
 
-    def _project(self, x: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+    def _project(self, x: Tensor, past: DynamicPast | None) -> tuple[Tensor, DynamicPast]:
         at = torch.arange(x.shape[1], device=x.device) + length(past)
         q = self.q_norm(split_heads(self.q_proj(x), self.heads))
         k = self.k_norm(split_heads(self.k_proj(x), self.kv_heads))
         v = split_heads(self.v_proj(x), self.kv_heads)
-        return rotary(q, at, base=self.base), extend(past, rotary(k, at, base=self.base), v)
+        new = DynamicPast(rotary(k, at, base=self.base), v, self.key_bias(v))
+        return rotary(q, at, base=self.base), extend(past, new)
 
     def _attend(
-        self, q: Tensor, past: Past, v: Tensor, present: Tensor | None, visible: Tensor | None
+        self, q: Tensor, past: DynamicPast, v: Tensor, present: Tensor | None, visible: Tensor | None
     ) -> Float[Tensor, "b h n e"]:
         return dynamic_mask_attention(
             q,
             past.k,
             v,
-            self.key_bias(past.v),
+            past.bias,
             window=self.window,
             keep=self.keep,
             smooth=self.smooth,

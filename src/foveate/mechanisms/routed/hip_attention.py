@@ -242,7 +242,7 @@ class HiPAttention(nn.Module):
         sizes = [self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.width]
         q, k, v = self.qkv(x).split(sizes, dim=-1)
         q, k = rotary(split_heads(q, self.heads), at), rotary(split_heads(k, self.kv_heads), at)
-        past = extend(past, k, split_heads(v, self.kv_heads))
+        past = extend(past, Past(k, split_heads(v, self.kv_heads)))
         return self.proj(merge_heads(hip_attention(q, *past, backend=self.backend, **self.search))), past
 
     def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:

@@ -188,7 +188,7 @@ class SuperlinearAttention(nn.Module):
         """
         q1, q2 = (split_heads(project(x), self.heads) for project in (self.search, self.query))
         k, v = (split_heads(project(x), self.kv_heads) for project in (self.key, self.value))
-        past = extend(past, k, v)
+        past = extend(past, Past(k, v))
         options = {"spans": self.spans, "present": present, "backend": self.backend}
         return self.proj(merge_heads(superlinear_attention(q1, q2, *past, self.stripe, **options))), past
 
