@@ -1,6 +1,7 @@
 """What torch.compile must run instead of trace."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,21 @@ def constant_while_tracing(fn: F) -> F:
     """
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
+
+
+def run_eagerly(fn: F) -> F:
+    """Mark a function that torch.compile must leave alone: loops over what content decides, with new sizes each time.
+
+    `torch.compiler.disable` at the moment of the call: as a decorator it would import all of torch._dynamo.
+    """
+
+    @wraps(fn)
+    def call(*args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(fn)(*args, **options)
+        return fn(*args, **options)
+
+    return call  # type: ignore[return-value]
 
 
 def fixed(n: int) -> int:

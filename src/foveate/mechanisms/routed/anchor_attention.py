@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.core.registry import system
+from foveate.core.tracing import run_eagerly
 from foveate.kernels.attend import attend
 from foveate.kernels.merge import merge
 from foveate.mechanisms.inputs import check_tokens
@@ -37,6 +38,8 @@ from foveate.patterns.selection import Selection
 from foveate.routing.stripes import StripeRouter
 
 
+# What is found has another size in every call, so that compiling would only break and begin again.
+@run_eagerly
 def select_keys(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h_kv n d"],

@@ -29,6 +29,7 @@ from torch.nn import functional
 from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.core.registry import system
+from foveate.core.tracing import run_eagerly
 from foveate.kernels.attend import attend
 from foveate.mechanisms.auxiliary import with_loss
 from foveate.mechanisms.block_gate import BlockGate, choose_blocks, gate_loss, true_blocks
@@ -181,6 +182,7 @@ class SeerAttention(nn.Module):
             dense_rows=2 if published else 0,
         )
 
+    @run_eagerly
     def select(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h_kv n d"]) -> Selection:
         """Return who attends to whom, from queries and keys before their rotation. No gradient."""
         n, rows = q.shape[2], 1 if self.route == "token" else self.block
