@@ -142,6 +142,13 @@ def test_low_precision_is_near():
     assert (rough.double() - significance).abs().max() < 0.1 * significance.abs().max()
 
 
+def test_odd_numbers_of_heads_are_doubled_for_a_workload():
+    assert SelfGuidedAttention.for_workload(dim=24, grid=Grid(8, 8), heads=3).heads == 6
+    assert SelfGuidedAttention.for_workload(dim=24, grid=Grid(8, 8), heads=4).heads == 4
+    with pytest.raises(ArgumentError, match="heads"):
+        SelfGuidedAttention.for_workload(dim=9, grid=Grid(8, 8), heads=3)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [

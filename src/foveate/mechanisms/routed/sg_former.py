@@ -320,10 +320,14 @@ class SelfGuidedAttention(nn.Module):
     def for_workload(cls, *, dim: int, grid: Grid, heads: int, causal: bool = False) -> "SelfGuidedAttention":
         """Return the published reduction for the size of the map: 8 from 48 tokens a side, 4 from 24, else 2.
 
+        An odd number of heads is doubled where `dim` allows it, since the layer has two halves.
+
         Raises:
             ArgumentError: naming `causal`, `heads` when it is odd, or `grid` when it is not 2-d.
         """
         refuse_causal(causal, "keys are merged from later tokens too")
+        if check_heads(dim, heads) % 2 == 0 and heads % 2:
+            heads = 2 * heads
         if grid.ndim != 2:
             raise bad("grid", grid, "a grid with 2 axes", "The reduced map comes from a 2-d convolution.")
         side = min(grid)

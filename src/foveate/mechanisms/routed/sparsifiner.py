@@ -74,7 +74,7 @@ class Pruned(NamedTuple):
     cost="O(N keep N C + N R C + N R N) with a rank R of N / 6; the predicted matrix is scored row by row",
     fidelity="vectors",
     sizes="the grid it was made for",
-    limits="The predictor learns only from `forward_reconstruct`; its bases belong to one number of tokens.",
+    limits="All N x N entries are predicted and ranked; the predictor learns only from `forward_reconstruct`.",
     frozen_params=(
         "predictor.proj_c_q.weight",
         "predictor.proj_c_q.bias",
