@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -14,7 +13,6 @@ from foveate.kernels.sample import bag, grid, reference
 from foveate.kernels.sample.contract import Coords, SampleProblem, prepare
 
 BACKENDS = ("auto", "bag", "grid_sample", "reference")
-Backend = Literal["auto", "bag", "grid_sample", "reference"]
 RUN = {"bag": bag.run, "grid_sample": grid.run, "reference": reference.run}
 
 
@@ -25,7 +23,7 @@ def sample(
     *,
     factor: Sequence[Float[Tensor, "b ..."]] | None = None,
     coords: Coords = "centers",
-    backend: Backend = "auto",
+    backend: str = "auto",
 ) -> Float[Tensor, "b m q *rest c"]:
     """Read feature maps between their pixels and add up: out[q] = sum_{l, p} weights[q, l, p] V_l(points[q, l, p]).
 
