@@ -151,7 +151,7 @@ def test_pairs_grow_linearly():
         grid = Grid(side, side)
         module = VariedSizeWindowAttention(dim=8, heads=2)
         q = torch.zeros(1, 2, grid.numel, 4)
-        counts.append(explain(q, q, q, where=module.where(grid)).pairs_needed)
+        counts.append(explain(q, q, q, where=module.windows(grid)).pairs_needed)
     assert counts == [2 * side**2 * 49 for side in (14, 28, 56)]
 
 

@@ -114,7 +114,7 @@ class VariedSizeWindowAttention(nn.Module):
         """Return `grid` grown to whole windows."""
         return Grid(*(-(-size // m) * m for size, m in zip(grid, self.window, strict=True)))
 
-    def where(self, grid: Grid) -> Windows:
+    def windows(self, grid: Grid) -> Windows:
         """Return who attends to which read key: the windows of the padded grid."""
         return Windows(self.padded(grid), self.window)
 
@@ -155,7 +155,7 @@ class VariedSizeWindowAttention(nn.Module):
             _grown(q.flatten(0, 1), grid, whole).unflatten(0, q.shape[:2]),
             k,
             v,
-            where=self.where(grid),
+            where=self.windows(grid),
             score=self.position(whole),
             scale=self.scale,
             backend=self.backend,
