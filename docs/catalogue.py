@@ -20,6 +20,11 @@ FIDELITY = {
     "paper": "from the paper's text",
     "reconstruction": "the equations are partly ours; never recommended by `compare`",
 }
+INPUT = {
+    "tokens": "tokens (B, N, C) and a Grid",
+    "spatial": "maps (B, C, *spatial)",
+    "cross": "queries (B, Q, C) and sources of its own; not for `compare`",
+}
 _GRIDS = (Grid(24, 24), Grid(24))
 
 
@@ -58,7 +63,7 @@ def explanation(facts: Facts) -> str:
 def _facts(facts: Facts) -> str:
     rows = [
         ["family, role", f"{facts.family}, {facts.role}"],
-        ["input", "tokens (B, N, C) and a Grid" if facts.layout == "tokens" else "maps (B, C, *spatial)"],
+        ["input", INPUT[facts.layout]],
         ["grids", f"{', '.join(map(str, facts.dims))} axes; sizes: {facts.sizes}"],
         ["cost", facts.cost],
         ["causal", facts.causal],
@@ -99,10 +104,15 @@ def has_pattern(facts: Facts) -> bool:
     return hasattr(facts.cls, "where")
 
 
+def has_picture(facts: Facts) -> bool:
+    """Whether tokens of one grid attend to one another, so that there is something to draw."""
+    return facts.layout != "cross"
+
+
 def pattern_pictures() -> dict[Path, str]:
     """Return the exact pictures: the pattern that a system builds on a grid."""
     out = {}
-    for facts in filter(has_pattern, systems()):
+    for facts in filter(has_pattern, filter(has_picture, systems())):
         grid = _grid(facts)
         where = _built(facts, grid).module.where(grid)
         out[IMAGES / "systems" / f"{facts.key}.svg"] = where.draw_svg(query=_middle(grid), size=168) + "\n"
@@ -112,7 +122,7 @@ def pattern_pictures() -> dict[Path, str]:
 def reach_pictures() -> dict[Path, str]:
     """Return the others' pictures, found by experiment on an untrained module; rounding may move a shade."""
     out = {}
-    for facts in systems():
+    for facts in filter(has_picture, systems()):
         if not has_pattern(facts):
             grid = _grid(facts)
             levels = reach_levels(_built(facts, grid))
@@ -139,7 +149,7 @@ def _shades(grid: Grid, levels: list[int], key: str) -> str:
     return "".join(parts)
 
 
-def _section(facts: Facts) -> str:
+def _picture(facts: Facts) -> list[str]:
     grid = _grid(facts)
     size = "x".join(map(str, grid.sizes))
     if has_pattern(facts):
@@ -149,16 +159,17 @@ def _section(facts: Facts) -> str:
             f"How strongly one token, orange, depends on each token of a {size} grid: gradients of an "
             "untrained module at a random input."
         )
+    return [f"![{facts.key}](img/systems/{facts.key}.svg)", "", f"*{caption}*", ""]
+
+
+def _section(facts: Facts) -> str:
     return "\n".join(
         [
             f"## {facts.key}",
             "",
             f"{paper(facts)}.",
             "",
-            f"![{facts.key}](img/systems/{facts.key}.svg)",
-            "",
-            f"*{caption}*",
-            "",
+            *(_picture(facts) if has_picture(facts) else []),
             explanation(facts),
             "",
             _options(facts),

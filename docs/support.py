@@ -9,7 +9,7 @@ from platform import machine
 
 import torch
 
-from docs.catalogue import systems
+from docs.catalogue import has_picture, systems
 from docs.files import DOCS, NOTICE, table
 from foveate.core.errors import FoveateError
 from foveate.core.grid import Grid
@@ -100,6 +100,9 @@ HEAD = ["system", "1-d", "2-d", "3-d", "backward", "float64", "bfloat16", "torch
 def page() -> str:
     """Return docs/support.md."""
     release = torch.__version__.split("+")[0]
+    layers = [facts for facts in systems() if has_picture(facts)]
+    others = ", ".join(f"[`{f.key}`](catalogue.md#{f.key})" for f in systems() if not has_picture(f))
+    absent = f"Not in the table, as they read from sources of their own: {others}.\n\n" if others else ""
     text = (
         "# Support matrix\n\n"
         f"Made by running every system, as `for_workload` builds it, on small inputs on a CPU ({machine()}, "
@@ -110,7 +113,7 @@ def page() -> str:
         "- causal: in a causal module, changing one token leaves all outputs before it as they were.\n\n"
         "Only CPUs have been tried so far: nothing here says anything about GPUs.\n\n"
     )
-    return NOTICE.format("docs.generate") + text + table(HEAD, [row(facts) for facts in systems()])
+    return NOTICE.format("docs.generate") + text + absent + table(HEAD, [row(facts) for facts in layers])
 
 
 def files() -> dict[Path, str]:

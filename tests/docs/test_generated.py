@@ -14,7 +14,7 @@ def test_nothing_is_stale(part, capsys):
 
 
 def test_every_generated_file_exists():
-    for key in (facts.key for facts in catalogue.systems()):
+    for key in (facts.key for facts in catalogue.systems() if catalogue.has_picture(facts)):
         assert (ROOT / "docs" / "img" / "systems" / f"{key}.svg").exists(), "run python -m docs.generate"
     page = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
     assert [f"[`{f.key}`](catalogue.md#{f.key})" in page for f in catalogue.systems()] == [True] * len(

@@ -22,16 +22,35 @@ ODD = {1: (Grid(13), Grid(1)), 2: (Grid(5, 7), Grid(9, 2), Grid(1, 1)), 3: (Grid
 DIM, HEADS = 16, 2
 
 
+class Sourced(nn.Module):
+    """A cross system in the place of a token mechanism: the tokens are its queries, `example` makes the rest."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        # Drawing numbers is no part of the system: compilers are not to look into it.
+        return self.inner(x, *torch.compiler.disable(self.inner.example)(x))
+
+
+def fresh(key: str, grid: Grid, *, causal: bool = False) -> nn.Module:
+    """A system for a grid as a token mechanism."""
+    facts = get_system(key)
+    if facts.layout == "cross":
+        return Sourced(facts.cls(dim=DIM, heads=HEADS))
+    module = facts.cls.for_workload(dim=DIM, grid=grid, heads=HEADS, causal=causal)
+    return as_tokens(module) if facts.layout == "spatial" else module
+
+
 def build(key: str, grid: Grid, *, causal: bool = False, dtype=torch.float32) -> nn.Module:
     """A system for a grid as a token mechanism in eval mode, every parameter drawn at random."""
-    facts = get_system(key)
     torch.manual_seed(1)
-    module = facts.cls.for_workload(dim=DIM, grid=grid, heads=HEADS, causal=causal)
+    module = fresh(key, grid, causal=causal)
     with torch.no_grad():
         for parameter in module.parameters():
             # Around the initial value: norms stay near 1, and nothing stays exactly 0.
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    module = as_tokens(module) if facts.layout == "spatial" else module
     return module.to(dtype).eval()
 
 
@@ -59,6 +78,9 @@ def refusal(module: nn.Module, x: Tensor, grid: Grid) -> str | None:
 
 
 each = pytest.mark.parametrize("key", SYSTEMS)
+LAYERS = [key for key in SYSTEMS if get_system(key).layout != "cross"]
+each_layer = pytest.mark.parametrize("key", LAYERS)
+each_cross = pytest.mark.parametrize("key", [key for key in SYSTEMS if key not in LAYERS])
 
 
 def test_one_file_per_system():
@@ -78,7 +100,7 @@ def test_facts_are_complete_and_the_docstring_opens_with_the_paper(key):
     assert str(facts.year) in doc
     assert facts.family == facts.cls.__module__.split(".")[-2]
     assert facts.fidelity in FIDELITIES
-    assert facts.layout in ("tokens", "spatial")
+    assert facts.layout in ("tokens", "spatial", "cross")
     assert facts.role
     assert facts.cost.startswith("O(")
     assert set(facts.dims) <= {1, 2, 3}
@@ -102,7 +124,21 @@ def test_vectors_mean_an_adapter_and_golden_files(key):
         assert any(adapter_for(path) for path in mine)
 
 
-@each
+@each_cross
+def test_what_reads_from_sources_of_its_own_takes_them_and_says_why_it_is_no_layer(key):
+    facts = get_system(key)
+    assert not hasattr(facts.cls, "for_workload")
+    assert facts.limits
+    assert facts.causal == "no"
+    module = core(build(key, home_grid(key)))
+    x = torch.randn(2, 7, DIM)
+    sources = module.example(x)
+    assert module(x, *sources).shape == x.shape
+    with pytest.raises(ArgumentError):
+        module(x, *module.example(torch.randn(2, 6, DIM)))
+
+
+@each_layer
 def test_forward_on_every_number_of_axes(key):
     for dim in (1, 2, 3):
         grid = EVEN[dim]
@@ -138,12 +174,14 @@ def test_sizes_as_declared(key):
 def test_wrong_inputs_are_named(key):
     grid = home_grid(key)
     module = build(key, grid)
-    for x in (
+    wrong = [
         torch.randn(2, grid.numel, DIM + 1),
-        torch.randn(2, grid.numel - 1, DIM),
         torch.randn(grid.numel, DIM),
         torch.ones(2, grid.numel, DIM, dtype=torch.long),
-    ):
+    ]
+    if key in LAYERS:
+        wrong.append(torch.randn(2, grid.numel - 1, DIM))
+    for x in wrong:
         with pytest.raises(ArgumentError, match=r"^(x|dtype):"):
             module(x, grid)
     if get_system(key).layout == "tokens":
@@ -198,7 +236,7 @@ def test_gradients_are_right_in_double_precision(key):
     assert torch.autograd.gradcheck(call, (x, *leaves), fast_mode=True)
 
 
-@each
+@each_layer
 def test_causality_as_declared(key):
     facts = get_system(key)
     grid = Grid(24) if 1 in facts.dims else home_grid(key)
@@ -241,8 +279,7 @@ def test_state_dict_round_trip_copy_and_pickle(key):
     module, x = build(key, grid), tokens(grid)
     expected = module(x, grid)
     torch.manual_seed(99)
-    other = get_system(key).cls.for_workload(dim=DIM, grid=grid, heads=HEADS)
-    other = (as_tokens(other) if get_system(key).layout == "spatial" else other).eval()
+    other = fresh(key, grid).eval()
     other.load_state_dict(module.state_dict(), strict=True)
     for again in (other, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         torch.testing.assert_close(again(x, grid), expected, rtol=0, atol=0)

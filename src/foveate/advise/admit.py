@@ -160,8 +160,10 @@ def admit(workload: str, facts: Facts, site: Site, *, examiner: Examiner) -> Adm
         return Admission(facts, empty_row(workload, facts.key, status, reason, **said, **more))
 
     if not hasattr(facts.cls, "for_workload"):
+        said_why = f". {facts.limits}" if facts.layout == "cross" and facts.limits else ""
         return out(
-            "refused", f"it is a {facts.role} without `for_workload`, not a layer that can be compared"
+            "refused",
+            f"it is a {facts.role} without `for_workload`, not a layer that can be compared{said_why}",
         )
     try:
         subject = site.build(facts)

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from foveate.core.errors import bad, unknown
 
 Fidelity = Literal["vectors", "code", "paper", "reconstruction"]
-Layout = Literal["tokens", "spatial"]
+Layout = Literal["tokens", "spatial", "cross"]
 Causal = Literal["no", "always", "optional"]
 
 ENTRY_POINT_GROUP = "foveate.systems"
@@ -36,7 +36,9 @@ class Facts:
         year: year of the paper.
         family: room of `mechanisms/` (local, routed, linear, scored, gated, baseline, ...).
         role: what the system is (pattern, router, module, gate, linear-kernel, score, ...).
-        layout: "tokens" (B, N, C) with a Grid, or "spatial" (B, C, *spatial).
+        layout: "tokens" (B, N, C) with a Grid, "spatial" (B, C, *spatial), or "cross": queries (B, Q, C) and
+            sources of its own, `forward(x, *sources)`. A cross system is no layer for one grid's tokens: it has
+            no `for_workload`, but `example(x)`, which returns sources that fit queries `x`.
         fidelity: "vectors" equal to the authors' code on its vectors; "code" follows the code, no vectors;
             "paper" from the paper's text; "reconstruction" the equations are partly ours.
         primitive: which primitive computes it ("attend", "scan", "apply", ... or "own (reason)").
