@@ -53,6 +53,10 @@ def test_a_system_without_for_workload_is_refused():
     found = admit("shapes", toy_facts("bare", Bare, role="kernel"), SITE, examiner=Examiner())
     assert found.row["status"] == "refused"
     assert "for_workload" in found.row["reason"]
+    lifts = toy_facts("bare", Bare, role="module", layout="cross", limits="It needs camera views.")
+    found = admit("shapes", lifts, SITE, examiner=Examiner())
+    assert found.row["status"] == "refused"
+    assert found.row["reason"].endswith("It needs camera views.")
 
 
 def test_causal_workloads_take_causal_mechanisms_only():
