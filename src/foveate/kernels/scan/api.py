@@ -13,6 +13,7 @@ from foveate.core.errors import bad, unknown
 from foveate.kernels.scan import chunk as chunk_form
 from foveate.kernels.scan import recurrent, reference
 from foveate.kernels.scan.contract import ScanProblem, prepare
+from foveate.kernels.scan.watch import tell_watchers
 
 BACKENDS = ("auto", "chunk", "recurrent", "reference")
 Backend = Literal["auto", "chunk", "recurrent", "reference"]
@@ -98,7 +99,8 @@ def scan(
     Raises:
         ArgumentError: naming the argument that cannot be right.
     """
-    form, dtype = _form(backend, q, chunk), _out_dtype(q, k, v)
+    backend = _decided(backend, q)
+    form, dtype = _form(backend, chunk), _out_dtype(q, k, v)
     if not isinstance(causal, bool) and causal != "reverse":
         raise bad("causal", causal, 'True, False or "reverse"')
     if causal is False and (initial_state is not None or return_state):
@@ -106,6 +108,15 @@ def scan(
             "causal", causal, 'True or "reverse" when states are used', "A two-sided scan has no one state."
         )
     problem = prepare(q, k, v, decay, scale, initial_state, segments)
+    tell_watchers(
+        problem.q,
+        problem.v,
+        problem.decay,
+        causal=causal,
+        backend=backend,
+        chunk=chunk,
+        itemsize=dtype.itemsize,
+    )
     # Under autocast every product below would be rounded to half precision; the contract is float32.
     with torch.autocast(device_type=q.device.type, enabled=False):
         if causal is True:
@@ -212,12 +223,17 @@ def normalized_scan(
     return out if state is None else (out, state)
 
 
-def _form(backend: str, q: Tensor, chunk: int):
+def _decided(backend: Backend, q: Tensor) -> Backend:
+    """The form "auto" stands for."""
+    if backend != "auto":
+        return backend
+    return "recurrent" if q.ndim == 4 and q.shape[2] == 1 else "chunk"
+
+
+def _form(backend: str, chunk: int):
     """The function that computes a folded problem, by name."""
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise bad("chunk", chunk, "a positive number of tokens")
-    if backend == "auto":
-        backend = "recurrent" if q.ndim == 4 and q.shape[2] == 1 else "chunk"
     if backend == "chunk":
         return lambda problem: chunk_form.run(problem, chunk)
     if backend == "recurrent":
