@@ -43,7 +43,7 @@ class Association(NamedTuple):
     Attributes:
         tokens: (B, 1, N, C), the queries.
         centres: (B, 1, M, C), the keys.
-        lse: (B, 1, N), the logarithm of each token's row sum.
+        lse: (B, 1, N), the logarithm of each token's row sum, in float32 or better.
         around: where tokens look.
         backend: of `attend`.
     """
@@ -62,7 +62,7 @@ class Association(NamedTuple):
         q, k = tokens[:, None], centres[:, None]
         # Only the row sums are wanted, and rows of values may be as thin as they can be.
         _, lse = attend(q, k, k[..., :1], where=around, return_lse=True, backend=backend)
-        return cls(q, k, lse.to(tokens.dtype), around, backend)
+        return cls(q, k, lse, around, backend)
 
     def gather(self, x: Float[Tensor, "b n e"]) -> Float[Tensor, "b m e"]:
         """Return Q^T x."""
