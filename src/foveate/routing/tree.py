@@ -91,7 +91,7 @@ def search_tree(
     check_int(window, "window", 0)
     if keys < group:
         raise bad("keys", keys, f"at least one unit of group={group} keys")
-    (n_q, d), n_k = q.shape[2:], k.shape[2]
+    n_q, n_k = q.shape[2], k.shape[2]
     if n_q > n_k:
         raise bad("q", tuple(q.shape), f"at most {n_k} queries, as they stand at the end of the keys")
     if official and block_q < 2:
@@ -100,58 +100,93 @@ def search_tree(
         k if group == 1 else torch.cat([pool_blocks(k, group, "min"), pool_blocks(k, group, "max")], dim=-1)
     )
     most = keys // group
-    slots = block_count(most, block_k)
-    ends = torch.arange(1, block_count(n_q, block_q) + 1, device=q.device) * block_q + (n_k - n_q)
+    slots, n_blocks = block_count(most, block_k), block_count(n_q, block_q)
+    # Units that each query block sees, and how many of them it may choose from.
+    ends = [(j + 1) * block_q + n_k - n_q for j in range(n_blocks)]
     if official:
-        visible = (ends // group).clamp(max=units.shape[2])
-        area = (visible - window).clamp(min=0)
+        visible = [min(end // group, units.shape[2]) for end in ends]
+        area = [max(seen - window, 0) for seen in visible]
     else:
-        area = -(-(ends.clamp(max=n_k) - window).clamp(min=0) // group)
-        visible = area
-    asked = functional.pad(q, (0, 0, 0, -n_q % block_q)).unflatten(2, (-1, block_q))
-    rows = torch.arange(ends.shape[0] * block_q, device=q.device).view(-1, block_q) < n_q
-    if official:
-        asked, rows = asked[:, :, :, 1::2], rows[:, 1::2]
-    scorer = _Scorer(asked, rows, units, visible, block_k, d, group > 1)
-    blocks = -(-area // block_k)
+        visible = area = [-(-max(min(end, n_k) - window, 0) // group) for end in ends]
+    # Query blocks that may choose from few units keep them all, in order; those behind them search.
+    free = sum(a <= most for a in area)
+    counts = [block_count(a, block_k) for a in area]
     slot = torch.arange(slots, device=q.device)
-    edges = (blocks.double() / slots)[:, None] * torch.arange(slots + 1, device=q.device)
-    edges = edges.long()
-    whole = area <= most
-    # Who keeps everything has the blocks in order.
-    index = torch.where(whole[:, None], slot, edges[:, :-1]).expand(*q.shape[:2], -1, -1)
-    size = torch.where(whole[:, None], 1, edges[:, 1:] - edges[:, :-1]).expand(index.shape)
-    largest = block_count(units.shape[2], block_k)
+    starts = slot.expand(*q.shape[:2], free, -1)
+    if free < n_blocks:
+        asked = functional.pad(q[:, :, free * block_q :], (0, 0, 0, -n_q % block_q)).unflatten(
+            2, (-1, block_q)
+        )
+        rows = None
+        if n_q % block_q:  # rows beyond the last query ask nothing
+            rows = torch.arange(free * block_q, n_blocks * block_q, device=q.device).view(-1, block_q) < n_q
+        if official:
+            asked, rows = asked[:, :, :, 1::2], None if rows is None else rows[:, 1::2]
+        scorer = _Scorer(
+            asked, rows, units, torch.tensor(visible[free:], device=q.device), block_k, group > 1
+        )
+        blocks = torch.tensor(counts[free:], device=q.device)
+        found = _halve(scorer, blocks, slots, counts[-1], q.shape[:2], oracle, official)
+        starts = torch.cat([starts, found], dim=2)
+    count = [min(n, slots) for n in counts]
+    return Found(starts * (block_k * group), torch.tensor(count, dtype=torch.long, device=q.device))
+
+
+def _halve(
+    scorer: _Scorer, blocks: Tensor, slots: int, largest: int, lead: torch.Size, oracle: bool, official: bool
+) -> Int[Tensor, "b h q_blocks m"]:
+    """Return the blocks that the search keeps of the first `blocks` of each query block, ascending."""
     share = blocks.double() / slots
+    edges = (share[:, None] * torch.arange(slots + 1, device=blocks.device)).long()
+    index = edges[:, :-1].expand(*lead, -1, -1)
+    size = (edges[:, 1:] - edges[:, :-1]).expand(index.shape)
     for stage in range(search_rounds(largest, slots)):
-        # Theirs stops where segments have one block on average; ours where all of them have one.
-        active = (~whole & (share / 2**stage > 1)) if official else ~whole
-        left = torch.stack([index, index + size // 2], dim=-1).flatten(-2)
-        right = torch.stack([size // 2, size - size // 2], dim=-1).flatten(-2)
-        scores = scorer.best(left, right) if oracle else scorer.of(left if official else left + right // 2)
+        half = size >> 1
+        start = torch.cat([index, index + half], dim=-1)
+        length = torch.cat([half, size - half], dim=-1)
+        scores = (
+            scorer.best(start, length) if oracle else scorer.of(start if official else start + (length >> 1))
+        )
         if oracle and official:
             scores = scores.clamp(min=0)
-        scores = scores.masked_fill(right < 1, _NEVER)
-        chosen = scores.sort(dim=-1, descending=True, stable=True).indices[..., :slots]
-        index = torch.where(active[:, None], left.gather(-1, chosen), index)
-        size = torch.where(active[:, None], right.gather(-1, chosen), size)
-    starts = index.sort(dim=-1).values * (block_k * group)
-    return Found(starts, torch.where(whole, blocks, slots))
+        # Of 2 M halves at least M have a block.
+        chosen = scores.masked_fill_(length < 1, _NEVER).topk(slots, dim=-1, sorted=False).indices
+        start, length = start.gather(-1, chosen), length.gather(-1, chosen)
+        if official:
+            # Theirs stops where segments have one block on average; ours where all of them have one.
+            active = (share / 2**stage > 1)[:, None]
+            start, length = torch.where(active, start, index), torch.where(active, length, size)
+        index, size = start, length
+    return index.sort(dim=-1).values
 
 
 class _Scorer:
     """Scores key blocks for query blocks, by the best product of any of their rows."""
 
     def __init__(
-        self, asked: Tensor, rows: Tensor, units: Tensor, visible: Tensor, block_k: int, d: int, paired: bool
+        self,
+        asked: Tensor,
+        rows: Tensor | None,
+        units: Tensor,
+        visible: Tensor,
+        block_k: int,
+        paired: bool,
     ):
-        self.asked, self.rows, self.units, self.visible = asked, rows, units, visible
-        self.block_k, self.d, self.paired = block_k, d, paired
+        self.asked, self.visible, self.block_k, self.paired = asked, visible, block_k, paired
+        self.absent = None if rows is None else ~rows[:, :, None]
+        # One line per block: its units side by side.
+        b, h_kv, n, width = units.shape
+        self.blocks = block_count(n, block_k)
+        lines = functional.pad(units, (0, 0, 0, self.blocks * block_k - n)).reshape(-1, block_k * width)
+        self.lines, self.width = lines, width
+        heads = torch.arange(asked.shape[1], device=units.device) // (asked.shape[1] // h_kv)
+        batch = torch.arange(b, device=units.device)[:, None] * h_kv
+        self.first = ((batch + heads) * self.blocks)[:, :, None, None]
 
     def of(self, blocks: Int[Tensor, "b h q_blocks m"]) -> Float[Tensor, "b h q_blocks m"]:
         """Return the scores of blocks, -inf for blocks that have no visible unit."""
         b, h, _, m = blocks.shape
-        step = max(1, _CHUNK // max(b * h * m * self.block_k * self.units.shape[-1], 1))
+        step = max(1, _CHUNK // max(b * h * m * self.lines.shape[1], 1))
         parts = [self._chunk(blocks[:, :, at : at + step], at) for at in range(0, blocks.shape[2], step)]
         return torch.cat(parts, dim=2)
 
@@ -159,7 +194,7 @@ class _Scorer:
         self, first: Int[Tensor, "b h q_blocks m"], size: Int[Tensor, "b h q_blocks m"]
     ) -> Float[Tensor, "b h q_blocks m"]:
         """Return the best score of any block of the segments."""
-        every = torch.arange(block_count(self.units.shape[2], self.block_k), device=first.device)
+        every = torch.arange(self.blocks, device=first.device)
         table = functional.pad(self.of(every.expand(*first.shape[:3], -1)), (0, 1), value=_NEVER)
         out = torch.full(first.shape, _NEVER, dtype=table.dtype, device=first.device)
         for shift in range(int(size.max()) if size.numel() else 0):
@@ -169,17 +204,19 @@ class _Scorer:
 
     def _chunk(self, blocks: Tensor, at: int) -> Tensor:
         b, h, c, m = blocks.shape
-        n = self.units.shape[2]
-        unit = blocks[..., None] * self.block_k + torch.arange(self.block_k, device=blocks.device)
-        there = unit < self.visible[at : at + c, None, None]
-        batch = torch.arange(b, device=blocks.device).view(b, 1, 1, 1, 1)
-        head = torch.arange(h, device=blocks.device).view(h, 1, 1, 1) // (h // self.units.shape[1])
-        keys = self.units[batch, head, unit.clamp(max=max(n - 1, 0))]  # (b, h, c, m, block_k, d or 2 d)
+        keys = self.lines.index_select(0, (blocks + self.first).flatten())
+        keys = keys.view(b, h, c, m * self.block_k, self.width)
         asked = self.asked[:, :, at : at + c]
-        sides = keys.split(self.d, dim=-1) if self.paired else [keys]
-        products = [asked @ side.flatten(3, 4).transpose(-1, -2) for side in sides]
-        best = products[0] if len(products) == 1 else torch.maximum(*products)
-        best = (
-            best.masked_fill(~self.rows[at : at + c, :, None], _NEVER).amax(-2).view(b, h, c, m, self.block_k)
-        )
+        sides = keys.chunk(2, dim=-1) if self.paired else [keys]
+        best = None
+        for side in sides:
+            products = asked @ side.transpose(-1, -2)
+            best = products if best is None else torch.maximum(best, products)
+        assert best is not None
+        if self.absent is not None:
+            best = best.masked_fill(self.absent[at : at + c], _NEVER)
+        best = (best.squeeze(-2) if best.shape[-2] == 1 else best.amax(-2)).view(b, h, c, m, self.block_k)
+        # Only the last block that a query block sees may have units that it does not.
+        left = self.visible[at : at + c, None] - blocks * self.block_k
+        there = torch.arange(self.block_k, device=blocks.device) < left[..., None]
         return best.masked_fill(~there, _NEVER).amax(-1)

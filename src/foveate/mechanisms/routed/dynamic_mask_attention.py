@@ -87,17 +87,8 @@ def dynamic_mask_attention(
     group = heads // h_kv
     # The heads of a group become rows of their key head: what they share is chosen and gathered once.
     rows = q.unflatten(1, (h_kv, group)).transpose(2, 3).flatten(2, 3)
-    where, kept = select_kept(
-        bias,
-        n_q,
-        group,
-        window=window,
-        keep=keep,
-        smooth=smooth,
-        causal=causal,
-        present=present,
-        visible=visible,
-    )
+    options = {"window": window, "smooth": smooth, "causal": causal, "present": present, "visible": visible}
+    where, kept = select_kept(bias, n_q, group, keep=keep, **options)
     score = KeyBias(bias) if bias.ndim == 3 else Bias(bias.repeat_interleave(group, dim=2))
     out = attend(rows, k, v, where=where, score=score, mask=kept, scale=scale, backend=backend)
     return out.unflatten(2, (n_q, group)).transpose(2, 3).flatten(1, 2)
@@ -265,11 +256,7 @@ class DynamicMaskAttention(nn.Module):
     ) -> tuple[Float[Tensor, "b n c"], DynamicPast]:
         """Mix a stretch of tokens that follows `past`, and return the new past too.
 
-        Args:
-            x: tokens.
-            past: keys and values before them.
-            present: False for padding, over all keys.
-            visible: as in `dynamic_mask_attention`.
+        `present` (over all keys) and `visible` are those of `dynamic_mask_attention`.
         """
         q, past = self._project(x, past)
         return self.proj(merge_heads(self._attend(q, past, past.v, present, visible))), past
@@ -301,17 +288,9 @@ class DynamicMaskAttention(nn.Module):
     def _attend(
         self, q: Tensor, past: DynamicPast, v: Tensor, present: Tensor | None, visible: Tensor | None
     ) -> Float[Tensor, "b h n e"]:
+        options = {"window": self.window, "smooth": self.smooth, "present": present, "visible": visible}
         return dynamic_mask_attention(
-            q,
-            past.k,
-            v,
-            past.bias,
-            window=self.window,
-            keep=self.keep,
-            smooth=self.smooth,
-            present=present,
-            visible=visible,
-            backend=self.backend,
+            q, past.k, v, past.bias, keep=self.keep, backend=self.backend, **options
         )
 
     def extra_repr(self) -> str:

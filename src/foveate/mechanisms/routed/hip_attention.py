@@ -209,7 +209,7 @@ class HiPAttention(nn.Module):
 
     @classmethod
     def for_workload(cls, *, dim: int, grid: Grid, heads: int, causal: bool = False) -> "HiPAttention":
-        """Return a search for a quarter of the tokens and a window of an eighth.
+        """Return a search for an eighth of the tokens and a window of as many.
 
         It is causal in either case; strictly so, which means one query per block, when `causal`.
         """
@@ -217,7 +217,7 @@ class HiPAttention(nn.Module):
         return cls(
             dim=dim,
             heads=heads,
-            keys=max(8, n // 4),
+            keys=max(8, n // 8),
             block_q=1 if causal else 8,
             block_k=2,
             group=1,
