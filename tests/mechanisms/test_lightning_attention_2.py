@@ -10,11 +10,8 @@ from hypothesis import strategies as st
 from foveate.core.errors import ArgumentError
 from foveate.core.grid import Grid
 from foveate.kernels.scan import scan
-from foveate.mechanisms.linear.lightning_attention_2 import (
-    LightningAttention2,
-    layer_slopes,
-    lightning_attention_2,
-)
+from foveate.mechanisms.decay import layer_slopes
+from foveate.mechanisms.linear.lightning_attention_2 import LightningAttention2, lightning_attention_2
 
 
 def draw(n=21, d=6, e=4, b=2, h=3, dtype=torch.float64):
@@ -126,12 +123,13 @@ def test_prefill_and_steps_equal_the_forward_pass():
     module = LightningAttention2(dim=8, heads=2).double()
     x = torch.randn(2, 30, 8, dtype=torch.float64)
     whole = module(x, Grid(30))
-    out, state = module.prefill(x[:, :20])
+    out, past = module.prefill(x[:, :20])
     torch.testing.assert_close(out, whole[:, :20])
     for t in range(20, 30):
-        out, state = module.step(x[:, t], state)
+        out, past = module.step(x[:, t], past)
         torch.testing.assert_close(out, whole[:, t])
-    assert state.shape == (2, 2, 4, 4)
+    assert past.sums.shape == (2, 2, 4, 4)
+    assert past.length == 30
 
 
 def test_slopes_are_alibis_and_fade_over_the_layers():
@@ -144,9 +142,9 @@ def test_slopes_are_alibis_and_fade_over_the_layers():
 @pytest.mark.parametrize(
     ("s", "message"),
     [
-        (torch.zeros(2), r"^s: expected \(3,\) or \(3, 1, 1\)"),
-        (torch.zeros(1, 3), r"^s: expected \(3,\) or \(3, 1, 1\)"),
-        (torch.tensor([0.0, -0.5, 1.0]), r"^s: expected slopes >= 0, got -0\.5"),
+        (torch.zeros(2), r"^slopes: expected \(3,\) or \(3, 1, 1\)"),
+        (torch.zeros(1, 3), r"^slopes: expected \(3,\) or \(3, 1, 1\)"),
+        (torch.tensor([0.0, -0.5, 1.0]), r"^slopes: expected numbers >= 0, got -0\.5"),
     ],
 )
 def test_wrong_slopes_are_named(s, message):

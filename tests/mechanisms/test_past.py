@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.errors import ArgumentError
-from foveate.mechanisms.past import Past, extend, length
+from foveate.mechanisms.past import Past, State, extend, length, past_bytes
 
 
 class More(NamedTuple):
@@ -40,3 +40,12 @@ def test_what_does_not_fit_is_named():
         extend(first, Past(torch.randn(2, 1, 1, 5), torch.randn(2, 1, 1, 6)))
     with pytest.raises(ArgumentError, match=r"^past: expected a More"):
         extend(first, More(first.k, first.v, torch.randn(2, 3, 4)))
+
+
+def test_a_state_knows_its_length_and_its_bytes_do_not_grow():
+    state = State(torch.zeros(2, 3, 4, 5), 1000)
+    assert length(state) == 1000
+    assert past_bytes(state) == 2 * 3 * 4 * 5 * 4
+    past = Past(torch.zeros(1, 2, 7, 4), torch.zeros(1, 2, 7, 4, dtype=torch.bfloat16))
+    assert past_bytes(past) == 56 * 4 + 56 * 2
+    assert past_bytes((state, [past, None], 3)) == past_bytes(state) + past_bytes(past)

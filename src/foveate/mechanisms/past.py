@@ -1,8 +1,9 @@
-"""Decoding: what every mechanism with keys and values keeps of the tokens before.
+"""Decoding: what a mechanism keeps of the tokens before. Keys and values (`Past`), or their sum (`State`).
 
-The convention: `attend(q, k, v, where=Causal(align="end"))`, in which the new queries stand at the end of the keys.
 Modules offer `prefill(x (B, N, C), past=None) -> (out, past)` for a stretch of tokens that follows `past`, and
 `step(x (B, C), past) -> (out, past)` for one. `past` is a value: no call changes the one it was given.
+With keys and values: `attend(q, k, v, where=Causal(align="end"))`, in which the new queries stand at the end of
+the keys. With a state: `scan(q, k, v, initial_state=past.sums, return_state=True)`.
 """
 
 from typing import Any, NamedTuple, TypeVar
@@ -26,9 +27,25 @@ class Past(NamedTuple):
     v: Float[Tensor, "b h n e"]
 
 
-def length(past: tuple[Tensor, ...] | None) -> int:
+class State(NamedTuple):
+    """The sum over all tokens so far that a scan hands on: of one size, however many there were."""
+
+    sums: Float[Tensor, "b h d e"]
+    length: int
+
+
+def length(past: tuple[Any, ...] | None) -> int:
     """Return how many tokens came before: the position of the next one."""
-    return 0 if past is None else past[0].shape[2]
+    if past is None:
+        return 0
+    return past.length if isinstance(past, State) else past[0].shape[2]
+
+
+def past_bytes(past: object) -> int:
+    """Return the bytes of all tensors in a `Past`, a `State`, or any nesting of tuples and lists of them."""
+    if isinstance(past, Tensor):
+        return past.nbytes
+    return sum(map(past_bytes, past)) if isinstance(past, tuple | list) else 0
 
 
 def extend(past: P | None, new: P) -> P:
