@@ -146,6 +146,20 @@ def test_scores_of_the_call_concern_all_banks():
     torch.testing.assert_close(ours, attend(q, k, v, weigh=Sigmoid(0.3), scale=0.1))
 
 
+def test_the_core_knows_the_scores_of_a_bank_and_their_gradients():
+    torch.manual_seed(0)
+    q, k, v = (draw(B, H, N, D, dtype=torch.float32) for _ in range(3))
+    grads = []
+    for backend in ("cpu", "reference"):
+        table = torch.linspace(-1, 1, H * 9).view(H, 3, 3).clone().requires_grad_()
+        near = Bank(k, v, Neighborhood(GRID, 3), score=RelativeTable(table, GRID))
+        out = attend_banks(q, [near, Bank(k[:, :, :3], v[:, :, :3])], backend=backend)
+        out.square().sum().backward()
+        grads.append((out, table.grad))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_explain_takes_joined_banks():
     n = 64 * 64
     k = torch.empty(1, 8, n, 64, device="meta")

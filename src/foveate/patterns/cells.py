@@ -47,13 +47,11 @@ class Cells:
 
     def same_queries(self, other: Cells) -> bool:
         """Whether both list the same queries. Values are compared on the CPU only, elsewhere it would wait."""
-        if self.q_ids.shape[2:] != other.q_ids.shape[2:]:
+        if torch.compiler.is_compiling() or self.q_ids.shape[2:] != other.q_ids.shape[2:]:
             return False
         if self.q_ids.data_ptr() == other.q_ids.data_ptr() and self.q_ids.stride() == other.q_ids.stride():
             return self.q_ids.shape == other.q_ids.shape
-        if self.q_ids.device.type != "cpu" or torch.compiler.is_compiling():
-            return False
-        return bool((self.q_ids == other.q_ids).all())
+        return self.q_ids.device.type == "cpu" and bool((self.q_ids == other.q_ids).all())
 
     def beside(self, other: Cells) -> Cells:
         """Return cells of the same queries with the keys of both."""

@@ -13,9 +13,11 @@ from foveate.kernels.problem import Problem
 from foveate.patterns.basic import Causal, Full, SlidingWindow
 from foveate.patterns.grids import Halo, Neighborhood
 from foveate.patterns.specials import with_specials
+from foveate.scores.banks import on_keys
 from foveate.scores.bias import Bias, Gathered, KeyBias
 from foveate.scores.distance import ALiBi, DistanceDecay
 from foveate.scores.relative import RelativeTable
+from foveate.scores.temperature import SoftCap
 
 G = Grid(7, 9)
 N = G.numel
@@ -101,6 +103,26 @@ def test_key_bias(shape):
 @pytest.mark.parametrize("shape", [(1,), (N, N), (N, 1), (3, 1, 1), (2, 1, 1, N), (2, 3, N, N)])
 def test_bias(shape):
     agrees(Neighborhood(G, 3), N, score=Bias(torch.randn(shape)))
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_scores_of_a_range_of_keys(first):
+    scores = {
+        "table": RelativeTable(table(5, 7), G),
+        "other grid": RelativeTable(table(5, 7), Grid(7, 8), query_grid=G),
+        "alibi": ALiBi(torch.rand(3)),
+        "decay": DistanceDecay(torch.rand(3), G),
+        "keys": KeyBias(torch.randn(2, 3, N)),
+        "one": KeyBias(torch.randn(3, 1)),
+        "map": Bias(torch.randn(2, 3, N, N)),
+        "rows": Gathered(torch.randn(2, 3, N, 13), lambda q, k: k[0] - q[0] + 6, grid=G),
+    }
+    for score in scores.values():
+        n = score.grid.numel if isinstance(score, RelativeTable) else N
+        read = agrees(Full(), N, first + n + 2, score=on_keys(score, first, n))
+        assert len(read.terms) == 1
+    p = problem(Full(), N, N + 3, score=on_keys(SoftCap(1.0), 0, N))
+    assert terms.refuse(p, lambda: None) == "the core does not know OnKeys"
 
 
 def test_phantom_keys():

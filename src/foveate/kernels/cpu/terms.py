@@ -22,6 +22,7 @@ from foveate.kernels.constants import constant
 from foveate.kernels.cpu.library import MAX_TERMS, SIGMOID, SOFTMAX
 from foveate.kernels.cpu.linear import Linear, linear_form
 from foveate.kernels.problem import Problem
+from foveate.scores.banks import AddedOnKeys
 from foveate.scores.base import Score, lift
 from foveate.scores.bias import Bias, Gathered, KeyBias
 from foveate.scores.distance import ALiBi, DistanceDecay
@@ -119,6 +120,8 @@ def _refuse_bias(part: Score, problem: Problem, reach: Reach) -> str | None:
     if kind is Gathered:
         found = _gathered(part, problem)  # type: ignore[arg-type]
         return found if isinstance(found, str) else None
+    if isinstance(part, AddedOnKeys) and problem.frame is None:
+        return _refuse_bias(part.score, _range_of(part, problem), _unknown_reach)
     return f"the core does not know {name}"
 
 
@@ -159,7 +162,30 @@ def _term(part: Score, problem: Problem, reach: Reach) -> Term:
         return _map_term(lift(part.bias, 4), problem)
     if isinstance(part, Gathered):
         return _gathered_term(part, problem)
+    if isinstance(part, AddedOnKeys):
+        return _lifted_term(part, problem)
     return _offset_term(part, problem, reach)
+
+
+# ---- scores of a range of keys ----------------------------------------------------------------------------------
+
+
+def _range_of(part: AddedOnKeys, problem: Problem) -> Problem:
+    """Return the problem as the score of a range of keys sees it."""
+    keys = slice(part.first, part.first + part.n)
+    return replace(problem, k=problem.k[:, :, keys], v=problem.v[:, :, keys])
+
+
+def _unknown_reach() -> None:
+    return None
+
+
+def _lifted_term(part: AddedOnKeys, problem: Problem) -> Term:
+    """Other keys read a zero in front of the table."""
+    term = _term(part.score, _range_of(part, problem), _unknown_reach)
+    before, after = part.first, problem.n_k - part.first - part.n
+    k_code = torch.nn.functional.pad(term.k_code, (before, after), value=_NOWHERE)
+    return Term(torch.nn.functional.pad(term.table, (1, 0)).contiguous(), term.q_code, k_code, term.base + 1)
 
 
 # ---- maps -------------------------------------------------------------------------------------------------------

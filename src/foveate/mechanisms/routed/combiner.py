@@ -96,20 +96,20 @@ def mixture_banks(q: Heads, k: Heads, v: Heads, *, row: int, causal: bool) -> li
     """Return own row and column, and running summaries of columns and rows that begin beside them."""
     grid = Grid(q.shape[2] // row, row)
     other = BEFORE if causal else ANY
-
-    def union(first: tuple[Reach, Reach], second: tuple[Reach, Reach]) -> Pattern:
-        return Offsets(grid, first) | Offsets(grid, second)
-
-    banks = [Bank(k, v, union((other, SAME), (SAME, (None, 0) if causal else ANY)))]
+    banks = [Bank(k, v, _either(grid, (other, SAME), (SAME, (None, 0) if causal else ANY)))]
     # A summary that includes its place is read from the place next to it.
     for step in (-1,) if causal else (-1, 1):
         at = (step, step)
-        banks.append(_running(q, k, v, grid, 0, step, union((at, BEFORE), (at, AFTER))))
+        banks.append(_running(q, k, v, grid, 0, step, _either(grid, (at, BEFORE), (at, AFTER))))
     for step in (-1, 1):
         at = (step, step)
-        far = Offsets(grid, (BEFORE, at)) if causal else union((BEFORE, at), (AFTER, at))
+        far = Offsets(grid, (BEFORE, at)) if causal else _either(grid, (BEFORE, at), (AFTER, at))
         banks.append(_running(q, k, v, grid, 1, step, far))
     return banks
+
+
+def _either(grid: Grid, first: tuple[Reach, Reach], second: tuple[Reach, Reach]) -> Pattern:
+    return Offsets(grid, first) | Offsets(grid, second)
 
 
 def _running(q: Heads, k: Heads, v: Heads, grid: Grid, axis: int, step: int, where: Pattern) -> Bank:

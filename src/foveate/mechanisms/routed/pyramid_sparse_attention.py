@@ -26,6 +26,7 @@ from foveate.core.dtypes import accumulation_dtype
 from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.core.registry import system
+from foveate.core.tracing import run_eagerly
 from foveate.kernels.banks import Bank, attend_banks
 from foveate.mechanisms.inputs import check_tokens, refuse_causal
 from foveate.mechanisms.projections import QKV, merge_heads
@@ -117,6 +118,7 @@ def pyramid_banks(
     return banks or [Bank(k[:, :, :0], v[:, :, :0])]
 
 
+@run_eagerly
 def pyramid_attention(
     q: Float[Tensor, "b h n_q d"],
     k: Float[Tensor, "b hk n_k d"],
