@@ -35,6 +35,7 @@ STRIPES = [
     Stripe(index=0, forward=1.0),
     Stripe(index=2, search_power=1 / 3, backward=1.5, forward=0.7),
     Stripe(index=1, search_power=0.55, span_power=0.6),
+    Stripe(index=2, search_power=0.55, forward=0.5, official=True),
 ]
 
 
