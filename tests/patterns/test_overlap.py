@@ -7,6 +7,7 @@ from foveate.core.errors import ArgumentError
 from foveate.core.grid import Grid
 from foveate.kernels.attend import attend
 from foveate.patterns.overlap import overlap_starts, overlap_tokens, overlapping
+from foveate.patterns.schedule import Weights
 
 
 def test_starts():
@@ -39,6 +40,16 @@ def test_a_box_of_the_whole_grid_is_full_attention_and_others_average():
         total[:, :, box] += attend(part, part, part)
         count[box] += 1
     torch.testing.assert_close(attend(x, x, x, where=schedule), total / count[:, None])
+
+
+def test_schedules_are_kept_unless_they_hold_tensors():
+    grid = Grid(5, 6)
+    assert overlapping(grid, 4, 2) is overlapping(grid, (4, 4), [2, 2])
+    assert overlapping(grid, 4, 2) is not overlapping(grid, 4, 2, "sum")
+    halves = Weights(torch.full((1, 1, 4, 16), 0.5))
+    x = torch.randn(1, 2, 30, 4, dtype=torch.float64)
+    summed = attend(x, x, x, where=overlapping(grid, 4, 2, "sum"))
+    torch.testing.assert_close(attend(x, x, x, where=overlapping(grid, 4, 2, halves)), summed / 2)
 
 
 @pytest.mark.parametrize(

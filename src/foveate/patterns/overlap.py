@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Int
@@ -11,7 +12,7 @@ from torch import Tensor
 from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.patterns.groups import ExplicitGroup
-from foveate.patterns.schedule import Combine, Mean, Schedule
+from foveate.patterns.schedule import Combine, Mean, Schedule, Weights
 
 
 def overlap_starts(length: int, size: int, stride: int) -> list[int]:
@@ -47,13 +48,22 @@ def overlap_tokens(
 def overlapping(
     grid: Grid, size: int | Sequence[int], stride: int | Sequence[int], combine: Combine | None = None
 ) -> Schedule:
-    """Return the schedule of attention inside overlapping boxes.
+    """Return the schedule of attention inside overlapping boxes; the same object for the same arguments.
 
     Args:
         grid, size, stride: as in `overlap_tokens`.
         combine: how the boxes of a token combine, the mean by default.
     """
+    combine = Mean() if combine is None else combine
+    sizes, strides = grid.per_axis(size, "size"), grid.per_axis(stride, "stride")
+    if isinstance(combine, Weights):  # holds tensors, which no cache should keep alive
+        return _schedule(grid, sizes, strides, combine)
+    return _cached(grid, sizes, strides, combine)
+
+
+def _schedule(grid: Grid, size: tuple[int, ...], stride: tuple[int, ...], combine: Combine) -> Schedule:
     ids = overlap_tokens(grid, size, stride)[None, None]
-    return Schedule(
-        grid.numel, grid.numel, (ExplicitGroup(ids, ids),), Mean() if combine is None else combine
-    )
+    return Schedule(grid.numel, grid.numel, (ExplicitGroup(ids, ids),), combine)
+
+
+_cached = lru_cache(maxsize=32)(_schedule)
