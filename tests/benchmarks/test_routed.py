@@ -58,3 +58,25 @@ def test_ratios_and_grids():
     assert routed.grid_of(4096, "grid") == Grid(64, 64)
     assert routed.grid_of(8192, "grid") == Grid(64, 128)
     assert routed.grid_of(4096, "causal") == Grid(4096)
+
+
+def test_what_takes_too_long_is_named_and_not_tried_at_more_tokens(capsys):
+    small = [
+        "--lengths",
+        "64",
+        "256",
+        "--ladder",
+        "--repeats",
+        "1",
+        "--dim",
+        "32",
+        "--heads",
+        "2",
+        "--longest",
+        "0",
+    ]
+    assert routed.main([*small, "--only", "biformer"]) == 0
+    printed = capsys.readouterr().out
+    assert "biformer, N = 64: a step takes" in printed
+    assert "at 64 already, left out" in printed
+    assert "not timed" in printed
