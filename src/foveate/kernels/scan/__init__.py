@@ -6,3 +6,8 @@ from foveate.kernels.scan.api import scan_step as scan_step
 from foveate.kernels.scan.cost import ScanCost as ScanCost
 from foveate.kernels.scan.cost import crossover_length as crossover_length
 from foveate.kernels.scan.cost import scan_cost as scan_cost
+from foveate.kernels.scan.selective import selective_scan as selective_scan
+from foveate.kernels.scan.selective import selective_states as selective_states
+from foveate.kernels.scan.selective import selective_step as selective_step
+from foveate.kernels.scan.walk import along as along
+from foveate.kernels.scan.walk import put_back as put_back

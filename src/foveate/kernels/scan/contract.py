@@ -122,7 +122,7 @@ def prepare(
     dtype = accumulation_dtype(torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype))
     state = _state(initial_state, (b, h, dk, v.shape[-1]), q, dtype)
     if segments is not None:
-        _check_segments(segments, q)
+        check_segments(segments, q)
     repeat = h // k.shape[1]
     if repeat > 1:
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
@@ -147,7 +147,7 @@ def _check_kv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise bad("k", tuple(k.shape), f"a number of heads that divides the {h} heads of q")
 
 
-def _check_segments(segments: Tensor, q: Tensor) -> None:
+def check_segments(segments: Tensor, q: Tensor) -> None:
     """Segments are integers, one per token, on q's device."""
     b, _, n, _ = q.shape
     if segments.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
