@@ -8,7 +8,7 @@ import torch
 from benchmarks.papers import Figure
 from foveate.core.grid import Grid
 from foveate.cost.explain import explain
-from foveate.kernels.banks import attend_banks, join_banks
+from foveate.kernels.banks import attend_groups, join_banks
 from foveate.mechanisms.routed.combiner import Combiner, Variant
 
 NAMES: dict[Variant, str] = {"sqrt": "fixed", "logn": "logsparse", "mixture": "axial mixture"}
@@ -17,7 +17,8 @@ NAMES: dict[Variant, str] = {"sqrt": "fixed", "logn": "logsparse", "mixture": "a
 def _pairs(variant: Variant, n: int) -> int:
     module = Combiner(dim=64, heads=1, variant=variant, causal=True)
     q = torch.zeros(1, 1, n, 64)
-    return explain(q, **join_banks(module.banks(q, q, q, Grid(n)), n)._asdict()).pairs_needed
+    groups = module.banks(q, q, q, Grid(n))
+    return sum(explain(q, **join_banks(group, n)._asdict()).pairs_needed for group in groups)
 
 
 def figures() -> Iterator[Figure]:
@@ -29,7 +30,7 @@ def figures() -> Iterator[Figure]:
         q, k, _ = module.qkv(torch.randn(1, n, 32))
         eye = torch.eye(n).expand(1, 2, n, n)
         with torch.no_grad():
-            seen = attend_banks(q, module.banks(q, k, eye, Grid(n))) > 0
+            seen = attend_groups(q, module.banks(q, k, eye, Grid(n))) > 0
         share = int(seen.sum()) / (n * (n + 1))
         yield Figure(
             claim=f"positions of the past with a positive weight, {name}",

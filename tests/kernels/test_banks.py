@@ -7,7 +7,7 @@ from foveate.core.errors import ArgumentError, UnsupportedError
 from foveate.core.grid import Grid
 from foveate.cost.explain import explain
 from foveate.kernels.attend import attend
-from foveate.kernels.banks import Bank, attend_banks, join_banks
+from foveate.kernels.banks import Bank, attend_banks, attend_groups, join_banks
 from foveate.kernels.merge import merge
 from foveate.patterns.basic import Causal, Full
 from foveate.patterns.grids import Halo, Neighborhood
@@ -201,3 +201,12 @@ def test_what_does_not_fit_is_named():
         attend_banks(q, [Bank(k, v, Halo(GRID, 2, 1, "zero")), fine])
     joined = join_banks([Bank(k, v, Full()), fine], N)
     assert joined.where is None
+
+
+def test_groups_are_one_softmax_too():
+    torch.manual_seed(0)
+    for name in ("memory", "routed", "biases"):
+        banks, q = cases()[name], draw(B, H, N, D)
+        expected = attend_banks(q, banks)
+        torch.testing.assert_close(attend_groups(q, [banks[:1], banks[1:]]), expected)
+        torch.testing.assert_close(attend_groups(q, [banks]), expected)

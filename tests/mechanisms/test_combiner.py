@@ -9,7 +9,7 @@ from foveate.core.errors import ArgumentError
 from foveate.core.grid import Grid
 from foveate.cost.explain import explain
 from foveate.kernels.attend import attend
-from foveate.kernels.banks import attend_banks, join_banks
+from foveate.kernels.banks import attend_groups, join_banks
 from foveate.mechanisms.routed.combiner import Combiner, near_root, rowmajor_banks
 from foveate.patterns.basic import Causal
 
@@ -30,8 +30,8 @@ def weights(module, n):
     eye = torch.eye(n, dtype=torch.float64).expand(1, 2, n, n)
     if module.variant == "rowmajor":  # any keys of rows will do
         row, causal = module.size(grid), module.causal
-        return attend_banks(q, rowmajor_banks(q, k, eye, row=row, causal=causal, keys_of=lambda over: k))
-    return attend_banks(q, module.banks(q, k, eye, grid))
+        return attend_groups(q, rowmajor_banks(q, k, eye, row=row, causal=causal, keys_of=lambda over: k))
+    return attend_groups(q, module.banks(q, k, eye, grid))
 
 
 @each
@@ -71,7 +71,7 @@ def test_one_segment_or_row_is_exact_attention(variant, n, segment, causal):
     module = layer(variant, segment=segment, causal=causal)
     q, k, v = module.qkv(torch.randn(2, n, 8, dtype=torch.float64))
     x = torch.randn(2, n, 8, dtype=torch.float64)
-    ours = attend_banks(q, module.banks(q, k, v, Grid(n), x))
+    ours = attend_groups(q, module.banks(q, k, v, Grid(n), x))
     torch.testing.assert_close(ours, attend(q, k, v, where=Causal() if causal else None))
 
 
@@ -84,7 +84,7 @@ def test_equal_keys_of_a_region_count_once(causal):
     segment = torch.arange(n) // s
     far = (segment[:, None] != segment).double() * -math.log(s)
     expected = attend(q, k, v, where=Causal() if causal else None, mask=far)
-    torch.testing.assert_close(attend_banks(q, module.banks(q, k, v, Grid(n))), expected)
+    torch.testing.assert_close(attend_groups(q, module.banks(q, k, v, Grid(n))), expected)
 
 
 def test_the_authors_levels_lose_the_past_of_the_last_token():
@@ -106,12 +106,22 @@ def test_gradients_reach_everything(variant):
     assert x.grad is not None
 
 
-def pairs(variant, n, causal=True):
-    """Pairs that all attentions of a layer need, for one batch element and head."""
+def explained(variant, n, causal=True):
+    """What attention costs a layer, for one batch element and head."""
     module = Combiner(dim=8, heads=1, variant=variant, causal=causal)
     q = torch.zeros(1, 1, n, 8)
-    joined = join_banks(module.banks(q, q, q, Grid(n), torch.zeros(1, n, 8)), n)
-    return explain(q, **joined._asdict()).pairs_needed
+    groups = module.banks(q, q, q, Grid(n), torch.zeros(1, n, 8))
+    return [explain(q, **join_banks(group, n)._asdict(), backend="tiles") for group in groups]
+
+
+def pairs(variant, n, causal=True):
+    return sum(found.pairs_needed for found in explained(variant, n, causal))
+
+
+@pytest.mark.parametrize("variant", ["sqrt", "rowmajor", "mixture"])
+def test_hardly_more_pairs_are_computed_than_needed(variant):
+    computed = sum(found.pairs_computed for found in explained(variant, 1024))
+    assert computed < 3 * pairs(variant, 1024) < 1024 * 1024 / 3
 
 
 @pytest.mark.parametrize("variant", ["sqrt", "rowmajor", "mixture"])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foveate.core.errors import bad
 from foveate.kernels.attend import attend
+from foveate.kernels.merge import merge
 from foveate.kernels.problem import check_where
 from foveate.patterns.banks import beside
 from foveate.patterns.basic import Full
@@ -130,6 +131,33 @@ def attend_banks(
         q, joined.k, joined.v, where=joined.where, score=scores, weigh=weigh, after=after, mask=joined.mask,
         scale=scale, backend=backend, return_lse=return_lse,
     )  # fmt: skip
+
+
+def attend_groups(
+    q: Float[Tensor, "#b h n_q d"],
+    groups: Sequence[Sequence[Bank]],
+    *,
+    score: Score | Iterable[Score] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "b h n_q dv"]:
+    """Attend to the banks of all groups under one softmax, group by group, merged by log-sum-exp.
+
+    The result is that of `attend_banks` over all of them. A group is worth it where its banks want other query
+    tiles than the rest: rows and columns of a map in one cell would make it see both for all of its queries.
+
+    Args:
+        q: queries.
+        groups: banks that are attended to together.
+        score, scale, backend: as for `attend_banks`.
+
+    Raises:
+        ArgumentError: naming what does not fit.
+    """
+    if len(groups) == 1:
+        return attend_banks(q, groups[0], score=score, scale=scale, backend=backend)
+    parts = [attend_banks(q, g, score=score, scale=scale, backend=backend, return_lse=True) for g in groups]
+    return merge([out for out, _ in parts], [lse for _, lse in parts])[0]
 
 
 def _seen_by_all(bank: Bank) -> bool:

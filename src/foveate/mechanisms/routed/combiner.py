@@ -33,7 +33,7 @@ from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
-from foveate.kernels.banks import Bank, attend_banks
+from foveate.kernels.banks import Bank, attend_groups
 from foveate.mechanisms.inputs import check_tokens
 from foveate.mechanisms.projections import QKV, merge_heads, split_heads
 from foveate.patterns.basic import Causal
@@ -43,6 +43,7 @@ from foveate.routing.blocks import pool_blocks
 
 Variant = Literal["sqrt", "logn", "rowmajor", "mixture"]
 Heads = Float[Tensor, "b h n d"]
+Groups = list[list[Bank]]
 BEFORE: Reach = (None, -1)
 AFTER: Reach = (1, None)
 SAME: Reach = (0, 0)
@@ -55,15 +56,15 @@ def spans(q: Heads, k: Heads, v: Heads, size: int, where: Pattern) -> Bank:
     return Bank(pool_blocks(k, size, "max"), summary, where)
 
 
-def sqrt_banks(q: Heads, k: Heads, v: Heads, *, segment: int, causal: bool) -> list[Bank]:
+def sqrt_banks(q: Heads, k: Heads, v: Heads, *, segment: int, causal: bool) -> Groups:
     """Return the own segment, and all earlier (not causal: all other) segments."""
     near, far = Spans(segment, segment), Spans(segment, 1, *BEFORE)
     near = near & Causal() if causal else near
     far = far if causal else far | Spans(segment, 1, *AFTER)
-    return [Bank(k, v, near), spans(q, k, v, segment, far)]
+    return [[Bank(k, v, near), spans(q, k, v, segment, far)]]
 
 
-def logn_banks(q: Heads, k: Heads, v: Heads, *, levels: int, causal: bool) -> list[Bank]:
+def logn_banks(q: Heads, k: Heads, v: Heads, *, levels: int, causal: bool) -> Groups:
     """Return the token with its sibling, and the sibling contexts of 2, 4, 8, ... tokens."""
     pair = Spans(2, 2) if levels else Spans(1, 1)
     banks = [Bank(k, v, pair & Causal() if causal else pair)]
@@ -71,12 +72,12 @@ def logn_banks(q: Heads, k: Heads, v: Heads, *, levels: int, causal: bool) -> li
         # Two contexts that are halves of one are siblings; the left one is the past of the right one.
         halves, left, right = Spans(2 * size, 2), Spans(size, 1, *BEFORE), Spans(size, 1, *AFTER)
         banks.append(spans(q, k, v, size, halves & left if causal else halves & (left | right)))
-    return banks
+    return [banks]
 
 
 def rowmajor_banks(
     q: Heads, k: Heads, v: Heads, *, row: int, causal: bool, keys_of: Callable[[Heads], Heads]
-) -> list[Bank]:
+) -> Groups:
     """Return the own row, and the own column of the other rows, where every token stands for its row.
 
     Args:
@@ -89,23 +90,24 @@ def rowmajor_banks(
     over_row = attend(q, k, v, where=Offsets(grid, (SAME, ANY)))
     near, far = Offsets(grid, (SAME, (None, 0) if causal else ANY)), Offsets(grid, (BEFORE, SAME))
     far = far if causal else far | Offsets(grid, (AFTER, SAME))
-    return [Bank(k, v, near), Bank(keys_of(over_row), over_row, far)]
+    return [[Bank(k, v, near)], [Bank(keys_of(over_row), over_row, far)]]
 
 
-def mixture_banks(q: Heads, k: Heads, v: Heads, *, row: int, causal: bool) -> list[Bank]:
+def mixture_banks(q: Heads, k: Heads, v: Heads, *, row: int, causal: bool) -> Groups:
     """Return own row and column, and running summaries of columns and rows that begin beside them."""
     grid = Grid(q.shape[2] // row, row)
-    other = BEFORE if causal else ANY
-    banks = [Bank(k, v, _either(grid, (other, SAME), (SAME, (None, 0) if causal else ANY)))]
+    own_row = Offsets(grid, (SAME, (None, 0) if causal else ANY))
+    own_column = Offsets(grid, (BEFORE, SAME)) if causal else _either(grid, (BEFORE, SAME), (AFTER, SAME))
+    rows, columns = [Bank(k, v, own_row)], [Bank(k, v, own_column)]
     # A summary that includes its place is read from the place next to it.
     for step in (-1,) if causal else (-1, 1):
         at = (step, step)
-        banks.append(_running(q, k, v, grid, 0, step, _either(grid, (at, BEFORE), (at, AFTER))))
+        rows.append(_running(q, k, v, grid, 0, step, _either(grid, (at, BEFORE), (at, AFTER))))
     for step in (-1, 1):
         at = (step, step)
         far = Offsets(grid, (BEFORE, at)) if causal else _either(grid, (BEFORE, at), (AFTER, at))
-        banks.append(_running(q, k, v, grid, 1, step, far))
-    return banks
+        columns.append(_running(q, k, v, grid, 1, step, far))
+    return [rows, columns]
 
 
 def _either(grid: Grid, first: tuple[Reach, Reach], second: tuple[Reach, Reach]) -> Pattern:
@@ -204,8 +206,8 @@ class Combiner(nn.Module):
             raise bad("segment", self.segment, f"a divisor of the {n} tokens", f"{near_root(n)} is one.")
         return self.segment
 
-    def banks(self, q: Heads, k: Heads, v: Heads, grid: Grid, x: Tensor | None = None) -> list[Bank]:
-        """Return what is attended to: the tokens near by, then the abstractions.
+    def banks(self, q: Heads, k: Heads, v: Heads, grid: Grid, x: Tensor | None = None) -> Groups:
+        """Return what is attended to, near tokens and abstractions, those seen by rows apart from columns.
 
         Args:
             q, k, v: per head.
@@ -237,7 +239,7 @@ class Combiner(nn.Module):
         """
         check_tokens(x, grid, self.dim)
         q, k, v = self.qkv(x)
-        out = attend_banks(q, self.banks(q, k, v, grid, x), backend=self.backend)
+        out = attend_groups(q, self.banks(q, k, v, grid, x), backend=self.backend)
         return self.proj(merge_heads(out))
 
     def extra_repr(self) -> str:
