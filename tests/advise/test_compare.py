@@ -188,3 +188,9 @@ def test_what_ran_on_the_core_is_timed_on_tiles_too(tmp_path):
     assert ("core_gain" in swin) == (absent() is None)
     page = render(found.document)
     assert ("core vs tiles" in page) == (absent() is None)
+
+
+def test_a_budget_that_is_spent_before_a_race_can_begin(toys, tiny):
+    found = compare(["image"], mechanisms=["toy_good"], budget_s=0.001)
+    assert "budget: expected seconds that last until image can begin" in found.errors["image"]
+    assert validate(found.document) == []

@@ -17,6 +17,7 @@ from foveate.advise.admit import Admission, Examiner, Site, admit, one_line
 from foveate.advise.events import Event, Listener, nobody
 from foveate.advise.recommend import recommend
 from foveate.advise.settings import BASELINE, DEFAULT_WORKLOADS, Settings, Shape
+from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.measure.fingerprint import fingerprint
 from foveate.measure.store import FILE_NAME, Store, StoreError
@@ -304,6 +305,9 @@ class _Run:
         checkpoints = None if self.folder is None else self.folder / ".checkpoints" / key
         resumed = RaceResult.from_dict(stored) if stored else None
         left = (budget_s - (time.perf_counter() - begin)) * (1 - TIMING_SHARE)
+        if left <= 0:
+            hint = "Give a larger budget, fewer workloads or fewer mechanisms."
+            raise bad("budget", self.settings.budget_s, f"seconds that last until {key} can begin", hint)
         result = run_race(
             workload,
             admissions,
