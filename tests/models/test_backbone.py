@@ -105,3 +105,14 @@ def test_registered_mechanisms_fit_in(key):
 def test_mixers_that_differ_by_layer_are_told_theirs():
     spec = NetSpec(inputs="pixels", grid=Grid(16, 16), in_features=1, out_features=2, depth=3)
     assert [block.mixer.shift for block in build("swin", spec).blocks] == [(0, 0), (4, 4), (0, 0)]
+
+
+def test_heads_forget_less_from_layer_to_layer():
+    spec = NetSpec(inputs="ids", grid=Grid(8), in_features=3, out_features=2, dim=16, heads=2, depth=3)
+    layers = [block.mixer for block in build("transnormer_llm", spec).blocks]
+    assert [(m.layer, m.layers, m.theta is None) for m in layers] == [
+        (0, 3, False),
+        (1, 3, True),
+        (2, 3, True),
+    ]
+    assert layers[0].slopes[0] > layers[1].slopes[0] > layers[2].slopes[0]

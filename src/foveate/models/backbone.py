@@ -70,12 +70,19 @@ class NetSpec:
 
 
 def build_mixer(
-    key: str, *, dim: int, grid: Grid, heads: int, causal: bool = False, layer: int | None = None
+    key: str,
+    *,
+    dim: int,
+    grid: Grid,
+    heads: int,
+    causal: bool = False,
+    layer: int | None = None,
+    layers: int | None = None,
 ) -> nn.Module:
     """Build a registered mechanism for a workload, as a token mixer `forward(x (B, N, C), grid)`.
 
-    `layer` is passed on to mechanisms that differ from layer to layer (shifted windows, alternating
-    dilation): those whose `for_workload` has an option of that name.
+    `layer` and the number of `layers` are passed on to mechanisms that differ from layer to layer (shifted
+    windows, alternating dilation, decay): those whose `for_workload` has options of these names.
 
     Raises:
         UnknownNameError: no such mechanism.
@@ -87,7 +94,9 @@ def build_mixer(
         raise bad(
             "mechanism", key, "a mechanism with a `for_workload` constructor", f"Its role is {facts.role!r}."
         )
-    extra = {"layer": layer} if layer is not None and "layer" in signature(make).parameters else {}
+    known = signature(make).parameters
+    where = {"layer": layer, "layers": layers}
+    extra = {name: value for name, value in where.items() if value is not None and name in known}
     module = make(dim=dim, grid=grid, heads=heads, causal=causal, **extra)
     if facts.layout == "spatial":
         from foveate.mechanisms.layout import as_tokens
@@ -196,6 +205,6 @@ def build(key: str, spec: NetSpec, *, seed: int = 0) -> Backbone:
     layers = count()
 
     def factory(**where) -> nn.Module:
-        return build_mixer(key, layer=next(layers), **where)
+        return build_mixer(key, layer=next(layers), layers=spec.depth, **where)
 
     return Backbone(spec, factory, seed=seed)

@@ -10,10 +10,12 @@ comparisons: exact, quadratic in the number of tokens, and served by the fastest
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
 from foveate.mechanisms.inputs import check_tokens
+from foveate.mechanisms.past import Past, extend
 from foveate.mechanisms.projections import QKV, merge_heads
 from foveate.patterns.basic import Causal
 
@@ -63,6 +65,24 @@ class FullAttention(nn.Module):
         q, k, v = self.qkv(x)
         where = Causal() if self.causal else None
         return self.proj(merge_heads(attend(q, k, v, where=where, backend=self.backend)))
+
+    def prefill(self, x: Float[Tensor, "b n c"], past: Past | None = None) -> tuple[Tensor, Past]:
+        """Mix a stretch of tokens that follows `past`, and return the new past too.
+
+        Raises:
+            ArgumentError: naming `causal` when the module is not.
+        """
+        if not self.causal:
+            raise bad("causal", False, "True to decode", "Build the module with causal=True.")
+        q, k, v = self.qkv(x)
+        past = extend(past, Past(k, v))
+        out = attend(q, *past, where=Causal(align="end"), backend=self.backend)
+        return self.proj(merge_heads(out)), past
+
+    def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:
+        """Decode one token; the cost grows with how many came before."""
+        out, past = self.prefill(x.unsqueeze(1), past)
+        return out.squeeze(1), past
 
     def extra_repr(self) -> str:
         """Show the options."""
