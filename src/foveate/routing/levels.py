@@ -82,6 +82,7 @@ def sampled_importance(
     factor = q.shape[3] ** -0.5 if scale is None else scale
     share = q.shape[1] // k.shape[1]
     some_q, q_at = _sampled(q.to(accumulation_dtype(q.dtype)), block_q, q_offsets)
+    some_q = some_q * factor
     some_k, k_at = _sampled(k.to(some_q.dtype), block_k, k_offsets)
     some_k, k_at = (x.repeat_interleave(share, dim=1) if x.shape[1] > 1 else x for x in (some_k, k_at))
     blocks, taken = some_k.shape[2], some_k.shape[3]
@@ -91,13 +92,14 @@ def sampled_importance(
     parts = []
     for first in range(0, some_q.shape[2], rows):
         piece = some_q[:, :, first : first + rows]
-        logits = (piece.flatten(2, 3) @ flat).unflatten(2, piece.shape[2:4]) * factor
+        logits = (piece.flatten(2, 3) @ flat).unflatten(2, piece.shape[2:4])
         if causal:
             late = k_at.flatten(2)[:, :, None, None, :] > q_at[:, :, first : first + rows, :, None]
             logits = logits.masked_fill(late, float("-inf"))
-        top = logits.amax(-1, keepdim=True) if blocks else logits
-        weights = (logits - top.masked_fill(top == float("-inf"), 0.0)).exp()
-        parts.append(weights.unflatten(-1, (blocks, taken)).amax((3, 5)))
+        # The exponential grows, so that it can wait until the maximum over a block's keys is known.
+        best = logits.unflatten(-1, (blocks, taken)).amax(-1)
+        top = best.amax(-1, keepdim=True) if blocks else best
+        parts.append((best - top.masked_fill(top == float("-inf"), 0.0)).exp().amax(3))
     return torch.cat(parts, dim=2)
 
 
