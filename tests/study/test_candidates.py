@@ -73,10 +73,10 @@ def test_grids_bring_further_families_and_their_absence_is_explained():
     assert "neighborhood" in refused
     assert "Name one" in refused["neighborhood"]
     found, refused = candidates(Setting(n=64, grid=Grid(8, 8)))
-    assert set(refused) == {"tree search", "stripes"}
+    assert set(refused) == {"tree search", "stripes", "spans"}
     found_causal, refused = candidates(Setting(n=64, grid=Grid(8, 8), causal=True))
     assert set(refused) == {"regions"}
-    assert {"tree search", "stripes"} <= {c.family for c in found_causal}
+    assert {"tree search", "stripes", "spans"} <= {c.family for c in found_causal}
     assert {"neighborhood", "axial", "near and far"} <= {c.family for c in found}
 
 
@@ -127,3 +127,23 @@ def test_content_finds_what_is_planted():
         if candidate.family == "window":
             assert mass < 0.3
     assert by_family["blocks by largest weight"] >= by_family["blocks by mean"] - 1e-3
+
+
+def test_causal_routers_find_what_is_planted_in_the_past():
+    n, width = 256, 16
+    codes = torch.randn(16, width) * 4
+    k = codes.repeat_interleave(16, 0)[None, None] + 0.1 * torch.randn(1, 1, n, width)
+    q = codes.roll(6, 0).repeat_interleave(16, 0)[None, None] + 0.1 * torch.randn(1, 1, n, width)
+    logits = (q @ k.transpose(-1, -2) * width**-0.5).masked_fill(~Causal().dense(n), float("-inf"))
+    found, _ = candidates(Setting(n=n, grid=Grid(n), causal=True, budgets=(0.2,)))
+    late = torch.arange(128, n)
+    best = {}
+    for candidate in found:
+        mask = rows_of(candidate.where(q, k, causal=True), late, n)
+        mass = float((logits.softmax(-1)[:, :, late] * mask).sum(-1).mean())
+        best[candidate.family] = max(mass, best.get(candidate.family, 0.0))
+    assert best["window"] < 0.3
+    for name in ("tree search", "stripes", "blocks by mean", "blocks by sample", "clusters"):
+        assert best[name] > 0.8, name
+    # Its anchors may miss blocks as short as these.
+    assert best["spans"] > best["window"] + 0.1

@@ -11,12 +11,15 @@ from torch import Tensor
 from foveate.core.errors import bad
 from foveate.mechanisms.routed.anchor_attention import select_keys
 from foveate.mechanisms.routed.hip_attention import hip_selection
+from foveate.patterns.basic import SlidingWindow
+from foveate.patterns.cells import Cells
 from foveate.patterns.schedule import Mean
 from foveate.patterns.selection import Selection
 from foveate.routing.blocks import causal_blocks, choose_top, pool_blocks, select_blocks
 from foveate.routing.clusters import OnlineKMeans, on_sphere, top_members
 from foveate.routing.levels import sample_offsets, sampled_importance
 from foveate.routing.regions import Regions, select_regions, top_regions
+from foveate.routing.spans import Stripe, search_spans, select_spans
 from foveate.routing.stripes import StripeRouter
 from foveate.routing.truth import block_weights
 from foveate.study.candidates import Router, Setting, family
@@ -146,6 +149,39 @@ def stripes(setting: Setting) -> Members:
             return Selection.of_cells([*near.cells, *far.cells], n, n)
 
         yield f"theta {theta:g}, blocks of {block}, 4 to a run", choose
+
+
+@family("spans", kind="content")
+def spans(setting: Setting) -> Members:
+    """Yield spans behind the best anchors of a power-law stripe, and a window (Superlinear Attention).
+
+    The paper learns queries of their own for the search and mixes the spans by gates; here q searches, and one
+    softmax goes over all spans.
+
+    Raises:
+        ArgumentError: naming `causal`.
+    """
+    _needs_causal(setting, "Anchors stand before a query.")
+    n, stripe = setting.n, Stripe()
+    length = max(1, math.ceil(stripe.backward * n**stripe.span_power))
+    for share in setting.budgets:
+        count = max(1, round((setting.keys(share) - stripe.window) / length))
+
+        def choose(q: Tensor, k: Tensor, count: int = count) -> Selection:
+            found = select_spans(search_spans(q, k, stripe, spans=count), n, stripe)
+            # The spans of a head may overlap; each of them is a head of its own there.
+            cells = [
+                Cells(*(x.unflatten(1, (-1, count)).flatten(2, 3) for x in _whole(cell)))
+                for cell in found.cells
+            ]
+            return Selection.of_cells(cells, n, n).distinct() | SlidingWindow(stripe.window - 1)
+
+        yield f"{count} spans of {length} at most, window {stripe.window}", choose
+
+
+def _whole(cells: Cells) -> tuple[Tensor, Tensor]:
+    b, h = cells.k_ids.shape[:2]
+    return cells.q_ids.expand(b, h, -1, -1), cells.k_ids
 
 
 def _needs_causal(setting: Setting, hint: str) -> None:
