@@ -24,8 +24,8 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 PLAIN = LEVEL["mechanisms"]  # up to here: torch, jaxtyping and the standard library only
 PLAIN_MODULES = {"torch", "jaxtyping", *sys.stdlib_module_names}
 VERSION = "foveate.__version__"  # the one thing the package itself defines
-# Imported when it is used, never before: pictures of patterns.
-LAZY = {("patterns", "matplotlib")}
+# Imported when it is used, never before: pictures of patterns and of scores.
+LAZY = {("patterns", "matplotlib"), ("scores", "matplotlib")}
 # Implementations of one contract, which never import one another.
 SIBLINGS = {
     "kernels": {"reference", "sdpa", "tiles", "cpu", "flex", "triton"},
