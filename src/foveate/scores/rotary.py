@@ -6,6 +6,7 @@ only through their difference.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -89,6 +90,53 @@ def axial_rotary(
     blocks = x.split(d // axes, dim=-1)
     turned = [rotary(b, coords[..., a], base=base, style=style) for a, b in enumerate(blocks)]
     return torch.cat(turned, dim=-1)
+
+
+def multimodal_rotary(
+    x: Float[Tensor, "*batch n d"],
+    positions: Num[Tensor, "*#batch n axes"],
+    *,
+    sections: Sequence[int],
+    base: float = 10000.0,
+    style: Style = "half",
+    interleave: bool = False,
+) -> Float[Tensor, "*batch n d"]:
+    """Rotate each channel pair by one of several positions (time, height, width): M-RoPE (arXiv 2409.12191).
+
+    Frequencies fall over the whole head as in `rotary`; `sections` says which pairs turn with which position. Text
+    has the same number on all axes, and is rotated as by `rotary`.
+
+    Args:
+        x: queries or keys with one row per token.
+        positions: integers or floats, one last entry per axis.
+        sections: channel pairs of each axis; they add up to D / 2.
+        base, style: as in `rotary`.
+        interleave: deal the pairs out in turn, axis 0, 1, 2, 0, ..., until an axis has its share and axis 0 takes
+            the rest (Qwen3-VL), instead of one block after the other. Axes other than 0 need shares that fit.
+
+    Raises:
+        ArgumentError: naming `sections` or `positions`.
+    """
+    axes, half = positions.shape[-1], x.shape[-1] // 2
+    if len(sections) != axes or sum(sections) != half or x.shape[-1] % 2 or min(sections, default=0) < 0:
+        raise bad("sections", tuple(sections), f"{axes} counts of channel pairs that add up to {half}")
+    axis = torch.repeat_interleave(torch.arange(axes), torch.tensor(tuple(sections)))
+    if interleave:
+        axis = torch.zeros(half, dtype=torch.long)
+        for a in range(1, axes):
+            stop = a + axes * (sections[a] - 1)
+            if sections[a] and stop >= half:
+                raise bad(
+                    "sections", tuple(sections), f"at most {(half - 1 - a) // axes + 1} pairs for axis {a}"
+                )
+            axis[a : axes * sections[a] : axes] = a
+    lengths = zip(reversed(positions.shape[:-1]), reversed(x.shape[:-1]), strict=False)
+    if positions.ndim > x.ndim or not all(p in (1, n) for p, n in lengths):
+        raise bad("positions", tuple(positions.shape), f"{(*x.shape[:-1], axes)}, or what broadcasts to it")
+    compute = accumulation_dtype(x.dtype)
+    turns = positions.to(compute).index_select(-1, axis.to(x.device))
+    angles = turns * _frequencies(2 * half, base, compute, x.device)
+    return rotate(x.to(compute), angles.cos(), angles.sin(), style).to(x.dtype)
 
 
 def rotate(

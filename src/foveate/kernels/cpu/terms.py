@@ -25,10 +25,12 @@ from foveate.kernels.problem import Problem
 from foveate.scores.banks import AddedOnKeys
 from foveate.scores.base import Score, lift
 from foveate.scores.bias import Bias, Gathered, KeyBias
+from foveate.scores.buckets import BucketTable
 from foveate.scores.distance import ALiBi, DistanceDecay
 from foveate.scores.pairs import Pairs
 from foveate.scores.relative import RelativeTable
 from foveate.scores.rules import NEG_INF, Sigmoid, Softmax
+from foveate.scores.skew import RelativeLogits, columns
 from foveate.scores.temperature import RowFactor, SoftCap
 
 # Numbers of one table; indices stay far from the end of int32.
@@ -117,6 +119,8 @@ def _refuse_bias(part: Score, problem: Problem, reach: Reach) -> str | None:
         if size > MAX_TABLE or size * problem.heads > MAX_TABLE:
             return f"{name} would need a table of {size} offsets per head"
         return None
+    if kind is RelativeLogits:
+        return _refuse_skewed(part, problem, reach)  # type: ignore[arg-type]
     if kind is Gathered:
         found = _gathered(part, problem)  # type: ignore[arg-type]
         return found if isinstance(found, str) else None
@@ -162,6 +166,8 @@ def _term(part: Score, problem: Problem, reach: Reach) -> Term:
         return _map_term(lift(part.bias, 4), problem)
     if isinstance(part, Gathered):
         return _gathered_term(part, problem)
+    if isinstance(part, RelativeLogits):
+        return _skewed_term(part, problem, reach)
     if isinstance(part, AddedOnKeys):
         return _lifted_term(part, problem)
     return _offset_term(part, problem, reach)
@@ -279,9 +285,42 @@ def _pitches(sizes: tuple[int, ...]) -> list[int]:
     return [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
 
 
+def _skewed_range(part: RelativeLogits, problem: Problem, reach: Reach) -> tuple[int, int, int] | str:
+    """Return the shift of positions and the first and last offset that occurs, or why the part cannot be used."""
+    if problem.frame is not None:
+        return "RelativeLogits with phantom keys is not known to the core"
+    known = reach()
+    low, high = 1 - problem.n_q, problem.n_k - 1
+    if known is not None and known[:3] == ((problem.n_q,), (problem.n_k,), 0):
+        ((low, high),) = known[3]
+    shift = part.shift(problem.n_q, problem.n_k)
+    return shift, low - shift, high - shift
+
+
+def _refuse_skewed(part: RelativeLogits, problem: Problem, reach: Reach) -> str | None:
+    found = _skewed_range(part, problem, reach)
+    if isinstance(found, str):
+        return found
+    _, low, high = found
+    if problem.n_q * (high - low + 1) > MAX_TABLE:
+        return f"RelativeLogits would need more than {MAX_TABLE} entries per batch and head"
+    return None
+
+
+def _skewed_term(part: RelativeLogits, problem: Problem, reach: Reach) -> Term:
+    """One column per offset that occurs, those that U lacks filled with zeros: the core does not ask for limits."""
+    found = _skewed_range(part, problem, reach)
+    assert not isinstance(found, str)
+    shift, low, high = found
+    rows = high - low + 1
+    table = columns(part.U.float(), part.first, low, rows)
+    q_code, k_code = _linear_codes((problem.n_q,), (problem.n_k,), (-1,), (1,), rows, 0)
+    return Term(table.flatten(2).contiguous(), q_code, k_code, -shift - low)
+
+
 # ---- offsets ----------------------------------------------------------------------------------------------------
 
-_OFFSET_KINDS = (RelativeTable, ALiBi, DistanceDecay)
+_OFFSET_KINDS = (RelativeTable, BucketTable, ALiBi, DistanceDecay)
 
 
 class _Frame(NamedTuple):
@@ -327,7 +366,7 @@ def _offset_term(part: Any, problem: Problem, reach: Reach) -> Term:
     sizes = tuple(hi - lo + 1 for lo, hi in ranges)
     pitches = _pitches(sizes)
     centre = -sum(lo * pitch for (lo, _), pitch in zip(ranges, pitches, strict=True))
-    if isinstance(part, ALiBi):
+    if isinstance(part, ALiBi | BucketTable):
         if part.align == "end":
             centre += (problem.n_k if problem.frame is None else problem.frame.base.numel) - problem.n_q
         probe = replace(part, align="start")
