@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from foveate.advise.settings import Settings, Shape, parse_grid
+from foveate.advise.settings import Settings, Shape, default_budget, parse_grid
 from foveate.core.grid import Grid
 
 
@@ -73,3 +73,20 @@ def test_dtypes():
 def test_shape_is_checked(field):
     with pytest.raises(ValueError, match=field):
         Shape(**{field: 0})
+
+
+def test_families_and_wildcards_name_mechanisms():
+    local = Settings(mechanisms=("local", "swin", "sig*")).mechanisms
+    assert local is not None
+    assert {"swin", "fused_neighborhood_attention", "sigmoid_attention"} <= set(local)
+    assert len(local) == len(set(local))
+    assert "biformer" not in local
+    with pytest.raises(ValueError, match="nothing_like_"):
+        Settings(mechanisms=("nothing_like_*",))
+
+
+def test_more_mechanisms_get_more_time():
+    assert Settings(mechanisms=("swin",)).seconds == 270
+    assert default_budget(16) == 270 < default_budget(17)
+    assert default_budget(20, 5) > default_budget(20, 2)
+    assert Settings(budget_s=3.0).seconds == 3.0

@@ -86,7 +86,7 @@ class Comparison:
 def compare(
     workloads: Sequence[str] = DEFAULT_WORKLOADS,
     *,
-    budget_s: float = 270.0,
+    budget_s: float | None = None,
     mechanisms: Sequence[str] | None = None,
     device: str = "cpu",
     dtype: str = "float32",
@@ -102,8 +102,10 @@ def compare(
 
     Args:
         workloads: of "image", "restore", "text", "recall" (trained, scored) and "shapes" (timed at `shape`).
-        budget_s: seconds for everything.
-        mechanisms: keys that take part; every registered one when None. Full attention always does.
+        budget_s: seconds for everything; None for 4.5 minutes, and more where more than 16 mechanisms share
+            them (`settings.default_budget`).
+        mechanisms: who takes part: keys, families such as "local", wildcards; every registered one when None.
+            Full attention always does.
         device, dtype, threads: where and how.
         shape: the sizes `shapes` times.
         data: a folder of images (image, restore) or a text file (text) instead of the bundled data.
@@ -122,7 +124,7 @@ def compare(
     settings = Settings(
         workloads=tuple(dict.fromkeys(workloads)),
         mechanisms=None if mechanisms is None else tuple(dict.fromkeys(mechanisms)),
-        budget_s=float(budget_s),
+        budget_s=None if budget_s is None else float(budget_s),
         device=device,
         dtype=dtype,
         threads=threads,
@@ -181,7 +183,7 @@ class _Run:
 
     def left(self) -> float:
         """Seconds of the budget that are not spent."""
-        return self.settings.budget_s - (time.perf_counter() - self.begin)
+        return self.settings.seconds - (time.perf_counter() - self.begin)
 
     def put(self, row: dict[str, Any]) -> None:
         """Keep a row and tell about it."""
@@ -307,7 +309,7 @@ class _Run:
         left = (budget_s - (time.perf_counter() - begin)) * (1 - TIMING_SHARE)
         if left <= 0:
             hint = "Give a larger budget, fewer workloads or fewer mechanisms."
-            raise bad("budget", self.settings.budget_s, f"seconds that last until {key} can begin", hint)
+            raise bad("budget", self.settings.seconds, f"seconds that last until {key} can begin", hint)
         result = run_race(
             workload,
             admissions,

@@ -74,14 +74,38 @@ def _round(value: float, most: int) -> int:
     return min(most, max(unit, round(value / unit) * unit))
 
 
+def default_budget(mechanisms: int, workloads: int = len(DEFAULT_WORKLOADS)) -> float:
+    """Return seconds in which so many mechanisms can be told apart at all: a quick look, not a study.
+
+    A race needs some tens of steps of everybody. Up to 16 mechanisms and two workloads share four and a half
+    minutes, each further one adds some seconds; a third and a fourth workload add half as much again each.
+    """
+    one = 270.0 + 9.0 * max(0, mechanisms - 16)
+    return one * (1.0 + 0.5 * max(0, workloads - 2))
+
+
+def named(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the keys that keys, families and wildcards mean, in the order given, each once.
+
+    Raises:
+        UnknownNameError: a name that is none of them; the nearest keys are in the message.
+    """
+    found: list[str] = []
+    for name in names:
+        several = list_systems(family=name) or (list_systems(name) if set(name) & set("*?[") else [])
+        found += [facts.key for facts in several] or [get_system(name).key]
+    return tuple(dict.fromkeys(found))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """One comparison.
 
     Attributes:
         workloads: keys, in the order they run.
-        mechanisms: keys, or None for every registered one.
-        budget_s: seconds for everything.
+        mechanisms: keys, families ("local") or wildcards ("*neighborhood*"), kept as the keys they mean; None
+            for every registered one.
+        budget_s: seconds for everything; None for `default_budget` of those that take part.
         device, dtype, threads: where and how; threads None leaves torch's choice.
         shape: sizes of the workload `shapes`.
         data: the user's own folder of images or text file, or None.
@@ -91,7 +115,7 @@ class Settings:
 
     workloads: tuple[str, ...] = DEFAULT_WORKLOADS
     mechanisms: tuple[str, ...] | None = None
-    budget_s: float = 270.0
+    budget_s: float | None = None
     device: str = "cpu"
     dtype: str = "float32"
     threads: int | None = None
@@ -106,9 +130,11 @@ class Settings:
         for key in self.workloads:
             if key not in workload_keys():
                 raise unknown("workload", key, [*workload_keys(), "all"])
-        for key in self.mechanisms or ():
-            get_system(key)
-        if not self.budget_s > 0:
+        if self.mechanisms is not None:
+            object.__setattr__(self, "mechanisms", named(self.mechanisms))
+        if self.budget_s is None:
+            object.__setattr__(self, "budget_s", default_budget(len(self.systems()), len(self.workloads)))
+        if not self.seconds > 0:
             raise bad("budget", self.budget_s, "a positive number of seconds")
         if self.dtype not in _DTYPES:
             raise bad("dtype", self.dtype, f"one of {', '.join(sorted(_DTYPES))}")
@@ -128,6 +154,12 @@ class Settings:
                 runs = ", ".join(self.workloads)
                 hint = f"Add --workload {wanted[0]}."
                 raise bad("data", self.data, f"data of a workload that runs, here {runs}", hint)
+
+    @property
+    def seconds(self) -> float:
+        """The budget as a number."""
+        assert self.budget_s is not None
+        return self.budget_s
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -36,9 +36,15 @@ def compare(
         list[str] | None,
         typer.Option("--workload", "-w", help="image, restore, text, recall, shapes or all."),
     ] = None,
-    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 270.0,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Seconds for everything; 270 by default, and 9 for every mechanism above 16."),
+    ] = None,
     mechanisms: Annotated[
-        list[str] | None, typer.Option("--mechanisms", "-m", help="Only these keys, and full attention.")
+        list[str] | None,
+        typer.Option(
+            "--mechanisms", "-m", help="Only these keys, families or wildcards, and full attention."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
