@@ -127,7 +127,7 @@ class PowerAttention(nn.Module):
     def prefill(self, x: Float[Tensor, "b n c"], past: Past | None = None) -> tuple[Tensor, Past]:
         """Mix a stretch of tokens that follows `past`; return the output (B, N, C) and the new past."""
         q, k, v = self.q(x), self.k(x), self.v(x)
-        past = extend(past, split_heads(k, self.kv_heads), split_heads(v, self.kv_heads))
+        past = extend(past, Past(split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)))
         q = split_heads(q, self.heads)
         out = attend(q, past.k, past.v, where=self.where, scale=self.scale, backend=self.backend)
         return self.proj(merge_heads(out)), past
