@@ -2,6 +2,8 @@
 
 from foveate.patterns.axis import AxisRule as AxisRule
 from foveate.patterns.axis import LocalAxis as LocalAxis
+from foveate.patterns.banks import Beside as Beside
+from foveate.patterns.banks import beside as beside
 from foveate.patterns.basic import BlockList as BlockList
 from foveate.patterns.basic import Causal as Causal
 from foveate.patterns.basic import Explicit as Explicit
@@ -21,6 +23,8 @@ from foveate.patterns.groups import CellGroup as CellGroup
 from foveate.patterns.groups import ExplicitGroup as ExplicitGroup
 from foveate.patterns.lower import default_tile as default_tile
 from foveate.patterns.lower import lower as lower
+from foveate.patterns.offsets import Offsets as Offsets
+from foveate.patterns.offsets import Spans as Spans
 from foveate.patterns.pattern import Padded as Padded
 from foveate.patterns.pattern import Pattern as Pattern
 from foveate.patterns.power import PowerBlocks as PowerBlocks
@@ -32,4 +36,5 @@ from foveate.patterns.segments import Segments as Segments
 from foveate.patterns.selection import Selection as Selection
 from foveate.patterns.specials import Specials as Specials
 from foveate.patterns.specials import with_specials as with_specials
+from foveate.patterns.strided import Strided as Strided
 from foveate.patterns.subsample import Subsampled as Subsampled
