@@ -17,9 +17,10 @@ one softmax, so that every token reaches every other one in a single head, at su
     mixture   own row and own column; in own row, what lies above the other columns; in own column, what lies to
               the left and to the right in the rows above                                            O(N (s + N/s))
 
-A region counts as one key whatever its size. Not causal, the same regions lie on both sides; that of logn is ours
-(the sibling context at every level), the others are published. The authors' number of levels in `logn` is one too
-small where N - 1 is a power of two: `official=True`.
+A region counts as one key whatever its size. Without causality the same regions lie on both sides: four exclusive
+directions for the mixture, as the authors have; for the others this form is inferred (the sibling context at every
+level of logn). The authors' number of levels in `logn` is one too small where N - 1 is a power of two:
+`official=True`.
 """
 
 import math
