@@ -5,7 +5,7 @@ import torch
 
 from foveate.core.errors import ArgumentError
 from foveate.core.grid import Grid
-from foveate.scores.rotary import axial_rotary, rotary
+from foveate.scores.rotary import axial_angles, axial_rotary, rotary, rotate
 
 
 @pytest.mark.parametrize("style", ["half", "interleaved"])
@@ -50,6 +50,26 @@ def test_axial_rotates_one_block_per_axis():
     torch.testing.assert_close(y[..., 4:], rotary(x[..., 4:], torch.arange(6) % 3))
 
 
+@pytest.mark.parametrize("style", ["half", "interleaved"])
+def test_axial_angles_turn_as_axial_rotary_does(style):
+    x, grid = torch.randn(1, 2, 12, 12, dtype=torch.float64), Grid(2, 3, 2)
+    angles = axial_angles(grid, 12, dtype=torch.float64)
+    turned = rotate(x[..., :4], angles[:, :2].cos(), angles[:, :2].sin(), style)
+    torch.testing.assert_close(turned, axial_rotary(x, grid, style=style)[..., :4])
+    if style == "interleaved":  # neighbouring pairs need no blocks
+        torch.testing.assert_close(
+            rotate(x, angles.cos(), angles.sin(), style), axial_rotary(x, grid, style=style)
+        )
+
+
+def test_inclusive_frequencies_end_at_one_over_base():
+    angles = axial_angles(Grid(1, 2), 12, inclusive=True, dtype=torch.float64)
+    torch.testing.assert_close(angles[1], torch.tensor([0, 0, 0, 1, 0.01, 1e-4], dtype=torch.float64))
+    torch.testing.assert_close(
+        axial_angles(Grid(3, 1), 4, inclusive=True), torch.arange(3.0)[:, None] * torch.tensor([1.0, 0.0])
+    )
+
+
 def test_angles_are_float32_for_half_precision():
     x = torch.randn(1, 1, 4096, 4)
     exact = rotary(x.double())
@@ -72,3 +92,5 @@ def test_bad_arguments_are_named():
         axial_rotary(x, Grid(2, 2))
     with pytest.raises(ArgumentError, match=r"^x"):
         axial_rotary(torch.randn(1, 2, 4, 8), Grid(2, 3))
+    with pytest.raises(ArgumentError, match=r"^d:"):
+        axial_angles(Grid(2, 2), 6)

@@ -92,6 +92,43 @@ def axial_rotary(
     return torch.cat(turned, dim=-1)
 
 
+def axial_angles(
+    coords: Grid | Num[Tensor, "*batch n axes"],
+    d: int,
+    *,
+    base: float = 10000.0,
+    inclusive: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Float[Tensor, "*batch n half"]:
+    """Return the angles `axial_rotary` turns the pairs of D channels by, for `rotate` with any style.
+
+    One call serves queries and keys, and all layers on one map.
+
+    Args:
+        coords: as in `axial_rotary`.
+        d: channels D of a head.
+        base: as in `rotary`, within each block.
+        inclusive: spread the frequencies of a block evenly from 1 to exactly 1 / base, both included
+            (RMT, RALA), instead of stopping one step before it.
+        dtype: of the angles.
+        device: of the angles, for a Grid.
+
+    Raises:
+        ArgumentError: naming `d`, if it is not a multiple of twice the number of axes.
+    """
+    if isinstance(coords, Grid):
+        coords = coords.coords(device=device)
+    axes = coords.shape[-1]
+    if axes == 0 or d < 0 or d % (2 * axes):
+        raise bad("d", d, f"a head size that is a multiple of {2 * axes} for {axes} axes")
+    pairs = d // (2 * axes)
+    if inclusive and pairs > 1:
+        base = base ** (pairs / (pairs - 1))
+    frequencies = _frequencies(2 * pairs, base, dtype, coords.device)
+    return (coords.to(dtype).unsqueeze(-1) * frequencies).flatten(-2)
+
+
 def multimodal_rotary(
     x: Float[Tensor, "*batch n d"],
     positions: Num[Tensor, "*#batch n axes"],
