@@ -131,6 +131,10 @@ def test_text_similarity_and_mask_bound_the_levels():
     masked = layer(masked=True).route(q, k)
     assert (masked.triu(1) == 0).all()
     assert (masked.diagonal(dim1=2, dim2=3) == 1).all()
+    assert (masked[..., 0] == 1).all()
+    halves = layer(masked=True, shares={2: 0.5}).route(q, k)
+    assert ((halves == 2).sum(-1) <= torch.arange(1, 9) // 2).all()
+    assert ((halves == 2).sum(-1) >= torch.arange(1, 9) // 2 - 2).all()
 
 
 def test_draws_decide_and_even_places_are_the_default():

@@ -13,6 +13,7 @@ from foveate.patterns.grids import Halo, Neighborhood, Windows
 from foveate.patterns.lower import lower
 from foveate.patterns.schedule import Mean, Schedule
 from foveate.patterns.selection import Selection
+from foveate.patterns.specials import with_specials
 
 N = 24
 GRID = (4, 6)
@@ -64,6 +65,16 @@ def test_keys_that_all_see_stay_in_closed_form(last):
     assert schedule.product is not None
     assert schedule.pairs_needed == 5 * N + lower(last, N, N).pairs_needed
     assert schedule.transpose().product is not None
+
+
+def test_special_tokens_keep_the_closed_form_too():
+    where = Beside([(None, 3), (with_specials(Neighborhood(GRID, 3), 2), N + 2)])
+    schedule = lower(where, N + 2, N + 5)
+    assert schedule.product is not None
+    assert torch.equal(schedule.expand()[0, 0], where.dense(N + 2).int())
+    assert torch.equal(schedule.transpose().expand()[0, 0], where.dense(N + 2).int().T)
+    isolated = Beside([(None, 3), (with_specials(Neighborhood(GRID, 3), 2, "isolated"), N + 2)])
+    assert torch.equal(lower(isolated, N + 2, N + 5).expand()[0, 0], isolated.dense(N + 2).int())
 
 
 def test_a_closed_form_describes_a_million_tokens_without_listing_them():

@@ -136,14 +136,15 @@ def _closed(where: Pattern, n_q: int, n_k: int) -> tuple[tuple[AxisRule, ...], t
 
 
 def _closed_banks(where: Beside, n_q: int) -> tuple[tuple[AxisRule, ...], tuple[int, int], bool] | None:
-    """Keys that every query sees may stand before one separable bank."""
+    """Keys that every query sees may stand before one separable bank, special tokens between them or not."""
     *seen, (last, n_last) = where.parts
     if not all(isinstance(part, Full) for part, _ in seen):
         return None
     inner = _closed(last, n_q, n_last)
-    if inner is None or inner[1] != (0, 0):
+    if inner is None or not inner[2]:
         return None
-    return inner[0], (0, where.first[-1]), True
+    rules, (specials, of_keys), _ = inner
+    return rules, (specials, where.first[-1] + of_keys), True
 
 
 def _frame(where: Pattern, n_q: int, n_k: int) -> tuple[tuple[AxisRule, ...], int]:

@@ -11,8 +11,9 @@ tokens; optionally a block is pooled no further than its keys are alike.
 
 A group of fewer than p tokens at the end counts for what it has. The authors fill it up with copies of the last
 token, all of which count: `official=True`. Sampled places are spread evenly unless a generator draws them, as the
-authors do. With `masked=True` a key is seen from its last token on, and blocks at the query's own place have level
-1; this is not causal, as all queries of a block choose together.
+authors do. With `masked=True` a key is seen from its last token on, shares count the blocks that are visible, and the
+first block and those at the query's own place have level 1, as in the authors' language models (which estimate
+importance in another way); this is not causal, as all queries of a block choose together.
 """
 
 from collections.abc import Mapping
@@ -61,6 +62,7 @@ def level_ends(
     *,
     mode: Mode = "rank",
     align: Mapping[int, int] | None = None,
+    visible: Int[Tensor, "q_blocks"] | None = None,
 ) -> Int[Tensor, "*rows levels"]:
     """Return up to which rank in its row a block has each level; `rank_levels` gives blocks their levels.
 
@@ -69,10 +71,12 @@ def level_ends(
         shares: level -> cumulated share, ascending: of the blocks, or of their importance.
         mode: "rank" or "mass".
         align: level -> multiple of blocks an interval is rounded to.
+        visible: how many blocks of each row shares of blocks are taken of; all where it is None.
     """
     if mode == "mass":
         return mass_ends(scores, shares, align)
-    return torch.tensor(rank_ends(scores.shape[-1], shares, align), device=scores.device)
+    counts = [scores.shape[-1]] if visible is None else visible.tolist()
+    return torch.tensor([rank_ends(n, shares, align) for n in counts], device=scores.device)
 
 
 def pyramid_banks(
@@ -240,7 +244,10 @@ class PyramidSparseAttention(nn.Module):
             generator: draws the places of a block that are sampled, per batch element and head.
             draws: the places themselves, of query and of key blocks, instead.
         """
-        n_q, n_k = q.shape[2], k.shape[2]
+        past = visible = None
+        if self.masked:
+            past = causal_blocks(q.shape[2], k.shape[2], *self.blocks, device=q.device)
+            visible = past.sum(1)
         if draws is None:
             sizes = zip(self.blocks, (q, k), strict=True)
             draws = tuple(  # type: ignore[assignment]
@@ -252,15 +259,15 @@ class PyramidSparseAttention(nn.Module):
             q, k, *self.blocks, q_offsets=draws[0], k_offsets=draws[1], causal=self.masked
         )
         align = None if self.tile is None else alignment(self.shares, self.blocks[1], self.tile)
-        ends = level_ends(scores, self.shares, mode=self.mode, align=align)
+        ends = level_ends(scores, self.shares, mode=self.mode, align=align, visible=visible)
         levels = keep_last(rank_levels(scores, ends, list(self.shares)), self.text, self.blocks[1])
         if self.similar is not None:
             alike = similar_levels(k, self.blocks[1], self.similar)
             share = q.shape[1] // k.shape[1]
             levels = torch.minimum(levels, alike.repeat_interleave(share, dim=1)[:, :, None, :])
-        if self.masked:
-            past = causal_blocks(n_q, n_k, *self.blocks, device=q.device)
-            whole = causal_blocks(n_q, n_k, *self.blocks, whole=True, device=q.device)
+        if past is not None:
+            whole = causal_blocks(q.shape[2], k.shape[2], *self.blocks, whole=True, device=q.device)
+            whole[:, :1] = False  # where sinks are
             levels = levels.masked_fill(~past, 0).masked_fill(past & ~whole, 1)
         return levels
 
