@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from foveate.cli.app import app
 from foveate.study import encoder
 from foveate.study.records import Recall
 from tests.cli.test_commands import run
@@ -25,6 +27,18 @@ def test_random_maps_are_measured_and_kept(tmp_path):
     assert {row.family for row in found.rows} == {"window", "window + sinks", "blocks by mean"}
     for word in ("computed", "worst 10%", "oracle", "SlidingWindow(6, 6)", "of the mass", "recall.svg"):
         assert word in output
+
+
+def test_a_narrow_terminal_cuts_labels_and_no_figure(tmp_path):
+    arguments = ["recall", "--random", "512", "--causal", "--only", "tree search", "--out", str(tmp_path)]
+    found = CliRunner().invoke(app, arguments, env={"COLUMNS": "60"})
+    assert found.exit_code == 0, found.output
+    rows = [line for line in found.output.splitlines() if line.startswith("  ") and "%" in line]
+    assert len(rows) == 5
+    assert any("\u2026" in line for line in rows)
+    for line in rows:
+        assert line.count("\u2026") <= 1
+        assert float(line.split()[-1]) > 0  # the error, in the last column
 
 
 def test_a_file_of_ones_own_says_grid_and_causality(tmp_path):

@@ -128,7 +128,7 @@ def recall(
     whole = found.mean()
     console.print(rich_table(whole, title, width=console.width))
     if layers and len(found.layers) > 1:
-        console.print(layers_table(found))
+        console.print(layers_table(found, width=console.width))
     for reason in dict.fromkeys(found.refused.values()):
         names = ", ".join(name for name, why in found.refused.items() if why == reason)
         console.print(f"[dim]left out: {escape(names)}. {escape(reason)}[/]", soft_wrap=True)

@@ -27,6 +27,8 @@ from foveate.study.candidates import Router, Setting, family
 Members = Iterator[tuple[str, Router]]
 _REGIONS = 64
 _KMEANS_STEPS = 5
+# The paper takes two or three.
+_SPANS = 8
 
 
 @family("regions", kind="content")
@@ -165,7 +167,7 @@ def spans(setting: Setting) -> Members:
     n, stripe = setting.n, Stripe()
     length = max(1, math.ceil(stripe.backward * n**stripe.span_power))
     for share in setting.budgets:
-        count = max(1, round((setting.keys(share) - stripe.window) / length))
+        count = max(1, min(_SPANS, round((setting.keys(share) - stripe.window) / length)))
 
         def choose(q: Tensor, k: Tensor, count: int = count) -> Selection:
             found = select_spans(search_spans(q, k, stripe, spans=count), n, stripe)

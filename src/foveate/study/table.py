@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -31,12 +33,10 @@ def rich_table(found: Recall, title: str, *, width: int = 150) -> Table:
     wide = width >= WIDE
     table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, pad_edge=False,
                   collapse_padding=True)  # fmt: skip
-    table.add_column("candidate", overflow="ellipsis", no_wrap=True)
     names = ["computed", "mass", "oracle", "error"]
     if wide:
         names = ["kept", "computed", "choosing", "mass", "worst 10%", "oracle", "random", "error"]
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+    _columns(table, "candidate", names, width)
     best = found.frontier()
     families = dict.fromkeys(row.family for row in found.rows)
     for family in families:
@@ -58,19 +58,27 @@ def rich_table(found: Recall, title: str, *, width: int = 150) -> Table:
     return table
 
 
-def layers_table(found: Recall) -> Table:
+def _columns(table: Table, first: str, names: Sequence[str], width: int) -> None:
+    """Add columns: labels give way on a narrow screen, figures do not."""
+    widths = [max(len(name), 6) for name in names]
+    room = max(12, width - sum(widths) - 2 * len(widths) - 2)
+    table.add_column(first, overflow="ellipsis", no_wrap=True, max_width=room)
+    for name, least in zip(names, widths, strict=True):
+        table.add_column(escape(name), justify="right", no_wrap=True, min_width=least)
+
+
+def layers_table(found: Recall, *, width: int = 150) -> Table:
     """Return the mass captured layer by layer, at the member of each family nearest to a tenth of the pairs."""
     table = Table(title="mass captured, layer by layer", title_justify="left", title_style="", box=SIMPLE_HEAD,
                   pad_edge=False, collapse_padding=True)  # fmt: skip
-    table.add_column("candidate, computed", overflow="ellipsis", no_wrap=True)
-    for layer in found.layers:
-        table.add_column(escape(layer), justify="right", no_wrap=True)
+    _columns(table, "computed, candidate", found.layers, width)
     for family in dict.fromkeys(row.family for row in found.rows):
         members = [row for row in found.mean().rows if row.family == family]
         chosen = min(members, key=lambda row: abs(row.computed - 0.1))
         by_layer = {row.layer: row for row in found.rows if row.candidate == chosen.candidate}
         cells = [share(by_layer[layer].mass) if layer in by_layer else "" for layer in found.layers]
-        table.add_row(f"{escape(chosen.candidate)}, {share(chosen.computed)}", *cells)
+        # The share first: a long label loses its end.
+        table.add_row(f"{share(chosen.computed):>6} {escape(chosen.candidate)}", *cells)
     return table
 
 
