@@ -20,6 +20,12 @@ def test_tokens_come_in_the_order_of_each_path_and_go_back():
     assert torch.equal(put_back(seen, PATHS), x.unsqueeze(1).expand(-1, 8, -1, -1))
 
 
+def test_every_path_may_read_a_sequence_of_its_own():
+    x = torch.randn(2, 8, 20, 3)
+    for p, path in enumerate(PATHS):
+        assert torch.equal(along(x, PATHS)[:, p], x[:, p, path.order])
+
+
 def test_gradients_of_any_order():
     x = torch.randn(1, 20, 2, dtype=torch.float64, requires_grad=True)
 
@@ -69,7 +75,8 @@ def test_one_scan_serves_all_directions():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: along(torch.randn(20, 3), PATHS), "^x: expected 3 axes"),
+        (lambda: along(torch.randn(20, 3), PATHS), r"^x: expected \(batch, tokens"),
+        (lambda: along(torch.randn(2, 7, 20, 3), PATHS), r"^x: expected \(batch, tokens"),
         (lambda: along(torch.randn(1, 19, 3), PATHS), "^x: expected 20 tokens"),
         (lambda: put_back(torch.randn(1, 7, 20, 3), PATHS), "^y: expected 4 axes"),
         (lambda: put_back(torch.randn(1, 8, 21, 3), PATHS), "^y: expected 20 tokens"),

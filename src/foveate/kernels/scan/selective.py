@@ -23,6 +23,7 @@ from torch import Tensor
 
 from foveate.core.dtypes import FLOATS, accumulation_dtype
 from foveate.core.errors import bad, unknown
+from foveate.core.tracing import run_eagerly
 from foveate.kernels.scan.contract import check_segments, seen, segment_resets
 from foveate.kernels.scan.reference import log_weights
 
@@ -92,7 +93,8 @@ def selective_scan(
         return_state: also return the state after the last token, in the accumulation dtype.
         causal: True, or "reverse": a token sees itself and what is after it.
         segments: (B or 1, N) integer ids of packed sequences, as in `scan`.
-        backend: "auto" and "pieces": as the module docstring says, gradients of any order, not under vmap.
+        backend: "auto" and "pieces": as the module docstring says, gradients of any order; not under vmap, and
+            left alone by torch.compile.
             "recurrent": a plain loop. "reference": every weight written out, O(N^2 C S).
 
     Returns:
@@ -106,7 +108,7 @@ def selective_scan(
     with torch.autocast(device_type=u.device.type, enabled=False):
         p, u = _prepare(u, dt, A, B, C, D, initial_state, segments, causal)
         if backend in ("auto", "pieces"):
-            y, last = _Pieces.apply(*p)  # type: ignore[misc]
+            y, last = _pieces(*p)
         elif backend == "recurrent":
             y, last = _recurrent(*p)
         elif backend == "reference":
@@ -136,7 +138,7 @@ def selective_states(
     """
     with torch.autocast(device_type=u.device.type, enabled=False):
         p, _ = _prepare(u, dt, A, B, None, None, initial_state, segments, causal)
-        states, _ = _Pieces.apply(*p)  # type: ignore[misc]
+        states, _ = _pieces(*p)
         states = _tokens_second(states, causal)
         if segments is not None:
             states = states.masked_fill((segments < 0)[:, None, :, None, None], 0.0)
@@ -218,6 +220,11 @@ class _Pieces(torch.autograd.Function):
         dx, ddt, dB = (torch.cat([part[i] for part in reversed(grads)]) for i in range(3))  # type: ignore[misc]
         dC = None if C is None else torch.cat([part[3] for part in reversed(grads)])  # type: ignore[misc]
         return dx, ddt, dA, dB, dC, later, None
+
+
+@run_eagerly  # traced, every token would become nodes of the graph
+def _pieces(x, dt, A, B, C, state, resets) -> tuple[Tensor, Tensor]:
+    return _Pieces.apply(x, dt, A, B, C, state, resets)  # type: ignore[return-value]
 
 
 def _states(

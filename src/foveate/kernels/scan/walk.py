@@ -12,17 +12,23 @@ from foveate.core.errors import bad
 from foveate.patterns.paths import Path, inverses, orders
 
 
-def along(x: Float[Tensor, "b n c"], paths: Sequence[Path]) -> Float[Tensor, "b p n c"]:
+def along(x: Float[Tensor, "b *p n c"], paths: Sequence[Path]) -> Float[Tensor, "b p n c"]:
     """Read tokens in the order of every path: out[:, p, t] = x[:, order_p[t]], one head or group per path.
+
+    Args:
+        x: (B, N, C) for all paths, or (B, P, N, C), one sequence for each.
+        paths: P walks over one grid of N tokens.
 
     Raises:
         ArgumentError: naming `x` or `paths`.
     """
-    if x.ndim != 3:
-        raise bad("x", tuple(x.shape), "3 axes (batch, tokens, channels)")
     to, back = orders(paths, x.device), inverses(paths, x.device)
-    paths[0].grid.check_tokens(x.shape[1], "x")
-    return _Permute.apply(x.unsqueeze(1), to, back)  # type: ignore[return-value]
+    if x.ndim == 3:
+        x = x.unsqueeze(1)
+    elif x.ndim != 4 or x.shape[1] != len(paths):
+        raise bad("x", tuple(x.shape), f"(batch, tokens, channels), or {len(paths)} paths on axis 1")
+    paths[0].grid.check_tokens(x.shape[2], "x")
+    return _Permute.apply(x, to, back)  # type: ignore[return-value]
 
 
 def put_back(y: Float[Tensor, "b p n c"], paths: Sequence[Path]) -> Float[Tensor, "b p n c"]:
