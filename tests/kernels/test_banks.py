@@ -12,6 +12,7 @@ from foveate.kernels.merge import merge
 from foveate.patterns.basic import Causal, Full
 from foveate.patterns.grids import Halo, Neighborhood
 from foveate.patterns.selection import Selection
+from foveate.patterns.specials import with_specials
 from foveate.scores.distance import ALiBi
 from foveate.scores.relative import RelativeTable
 from foveate.scores.rules import Sigmoid
@@ -35,6 +36,10 @@ def cases():
         "memory": [
             Bank(draw(B, H, N, D), draw(B, H, N, 3), Neighborhood(GRID, 3)),
             Bank(draw(1, H, 5, D), draw(1, 1, 5, 3)),
+        ],
+        "specials": [
+            Bank(draw(B, H, N, D), draw(B, H, N, 3), with_specials(Neighborhood((2, 11), (1, 3)), 2)),
+            Bank(draw(B, H, 5, D), draw(B, H, 5, 3)),
         ],
         "biases": [
             Bank(draw(B, H, N, D), draw(B, H, N, 3), Causal(), score=ALiBi(torch.rand(H).double())),
@@ -84,7 +89,7 @@ def test_banks_are_merged_attentions(name):
         torch.testing.assert_close(own, lse)
 
 
-@pytest.mark.parametrize("name", ["memory", "routed", "grouped"])
+@pytest.mark.parametrize("name", ["memory", "specials", "routed", "grouped"])
 def test_every_backend_serves_banks_in_single_precision(name):
     torch.manual_seed(0)
     banks, q = cases()[name], draw(B, H, N, D)
