@@ -72,13 +72,13 @@ def relative_attention(
     if block is not None and not causal:
         raise bad("block", block, "None where causal is False", "Blocks look back only.")
     first = 1 - rows if causal else -(rows // 2)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     n, dropped, where = q.shape[2], 0, Causal() if causal else None
     if block is not None:
         q, k, v, mask, where = _blocks(q, k, v, mask, block)
         dropped = q.shape[2] - n
-    score = RelativeLogits(scale * (q @ table.mT), first)
-    options = {"where": where, "score": score, "mask": mask, "scale": scale, "backend": backend}
+    score = RelativeLogits(factor * (q @ table.mT), first)
+    options = {"where": where, "score": score, "mask": mask, "scale": factor, "backend": backend}
     if value_table is None:
         return attend(q, k, v, **options)[:, :, dropped:]
     eye = torch.eye(k.shape[2], dtype=v.dtype, device=v.device).expand(v.shape[0], k.shape[1], -1, -1)
@@ -218,7 +218,7 @@ class RelativeGlobalAttention(nn.Module):
             raise bad("causal", self.causal, "True to decode", "Earlier tokens would see the new one.")
         q, k, v = self.qkv(x)
         past = extend(past, Past(k, v))
-        return self._mix(q, *past, None), past
+        return self._mix(q, past.k, past.v, None), past
 
     def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:
         """Decode one token."""
