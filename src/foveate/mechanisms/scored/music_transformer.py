@@ -204,7 +204,8 @@ class RelativeGlobalAttention(nn.Module):
             ArgumentError: naming `x` or `grid`.
         """
         check_tokens(x, grid, self.dim, (1,))
-        return self._mix(*self.qkv(x), mask)
+        q, k, v = self.qkv(x)
+        return self._mix(q, k, v, mask)
 
     def prefill(
         self, x: Float[Tensor, "b n c"], past: Past | None = None
