@@ -30,3 +30,11 @@ class SimpleRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return f"{self.dim}, eps={self.eps}"
+
+
+class MapNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a map (B, C, *spatial), every pixel by itself; the arguments of LayerNorm."""
+
+    def forward(self, input: Float[Tensor, "b c *spatial"]) -> Float[Tensor, "b c *spatial"]:
+        """Return the map with every pixel's channels normalised."""
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
