@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, Unpack, overload
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -117,8 +118,7 @@ def scan(
         chunk=chunk,
         itemsize=dtype.itemsize,
     )
-    # Under autocast every product below would be rounded to half precision; the contract is float32.
-    with torch.autocast(device_type=q.device.type, enabled=False):
+    with _wide(q.device):
         if causal is True:
             out, state = form(problem.folded())
         elif causal == "reverse":
@@ -221,6 +221,12 @@ def normalized_scan(
         out = scan(q, k, joint, **options)
     out = (out[..., :-1] / (out[..., -1:] + eps)).to(dtype)
     return out if state is None else (out, state)
+
+
+def _wide(device: torch.device) -> AbstractContextManager[Any]:
+    """Under autocast every product would be rounded to half precision; the contract is float32."""
+    # Shapes alone have no autocast.
+    return nullcontext() if device.type == "meta" else torch.autocast(device_type=device.type, enabled=False)
 
 
 def _decided(backend: Backend, q: Tensor) -> Backend:
