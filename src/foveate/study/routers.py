@@ -39,7 +39,12 @@ def regions(setting: Setting) -> Members:
         ArgumentError: naming `causal`.
     """
     if setting.causal:
-        raise bad("causal", True, "False", "A region is pooled over tokens that come later.")
+        raise bad(
+            "causal",
+            True,
+            "False",
+            "Regions would be spent on later tokens; 'blocks by mean' leaves these out.",
+        )
     grid = setting.grid
     per_axis = [max(1, min(side, round(_REGIONS ** (1 / grid.ndim)))) for side in grid]
     cut = Regions.of_count(grid, per_axis)
