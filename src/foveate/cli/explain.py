@@ -51,6 +51,13 @@ def explain(
         str | None, typer.Option(help="With --simulate: queries of a tile, such as 16x8; none: all shapes.")
     ] = None,
     tile_k: Annotated[str | None, typer.Option(help="With --simulate: keys of a tile, such as 16x8.")] = None,
+    mechanism: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: a system that scans, such as lightning_attention; its state, FLOPs per token and the "
+            "length from which full attention costs more. Only grid, heads, head-dim and dtype count."
+        ),
+    ] = None,
 ) -> None:
     """Explain an attention call: pairs, FLOPs, bytes, upper bound of the speed-up, backend and why."""
     from foveate.advise.settings import Settings, parse_grid
@@ -62,6 +69,22 @@ def explain(
     for name, value in {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "batch": batch}.items():
         if value is not None and value < 1:
             raise bad(name, value, "a positive integer")
+    kind = Settings(workloads=("shapes",), dtype=dtype).torch_dtype
+    if mechanism is not None:
+        given = {
+            "window": window,
+            "kv_heads": kv_heads,
+            "causal": causal or None,
+            "simulate": simulate or None,
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise bad(name, value, f"nothing beside --mechanism {mechanism}", "Leave one of the two out.")
+        from foveate.cost.linear import explain_linear
+
+        cost = explain_linear(mechanism, dim=heads * head_dim, grid=sizes, heads=heads, dtype=kind)
+        stdout().print(escape(str(cost)), soft_wrap=True)
+        return
     where: Any = None
     if simulate and window is None:
         raise bad("window", None, "a window with --simulate", "Add --window 13.")
@@ -87,7 +110,6 @@ def explain(
         return
     q = (batch, heads, sizes.numel, head_dim)
     k = (batch, kv_heads if kv_heads is not None else heads, sizes.numel, head_dim)
-    kind = Settings(workloads=("shapes",), dtype=dtype).torch_dtype
     found = run(q, k, k, where=where, backend=backend, dtype=kind)
     stdout().print(escape(str(found)), soft_wrap=True)
 

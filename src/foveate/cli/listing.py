@@ -18,6 +18,8 @@ from foveate.core.registry import Facts, get_system, list_systems
 
 # Sides of the grid a picture is found on, by number of axes; the first that the system takes is used.
 _PICTURE_GRIDS = (Grid(24, 24), Grid(16, 16), Grid(64), Grid(8, 8, 8))
+# Where the cost of a scan is told: as many tokens on either, so that figures compare.
+_COST_GRIDS = (Grid(4096), Grid(64, 64))
 _SHADES = " ·░░▒▒▒▓▓█"
 
 
@@ -78,6 +80,20 @@ def _picture(facts: Facts) -> tuple[Grid, list[int]] | None:
     return None
 
 
+def _cost(facts: Facts) -> list[str]:
+    """What a system that scans costs beside full attention, as lines; none for others."""
+    from foveate.cost.linear import explain_linear, scans
+
+    if not scans(facts.key):
+        return []
+    grid = _COST_GRIDS[0] if 1 in facts.dims else _COST_GRIDS[1]
+    try:
+        cost = explain_linear(facts.key, dim=512, grid=grid, heads=8)
+    except (ArgumentError, UnsupportedError):
+        return []
+    return ["", *str(cost).splitlines()]
+
+
 def _shaded(grid: Grid, levels: list[int]) -> list[str]:
     rows, cols = (1, grid[0]) if grid.ndim == 1 else grid.sizes[-2:]
     start = 0 if grid.ndim < 3 else (grid[0] // 2) * rows * cols
@@ -108,6 +124,8 @@ def show(
             said = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             table.add_row(f"[dim]{name}[/]", escape(said))
     console.print(table)
+    for line in _cost(facts):
+        console.print(escape(line), soft_wrap=True)
     picture = _picture(facts)
     if picture is None:
         return
