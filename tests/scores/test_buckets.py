@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from foveate.core.errors import ArgumentError
+from foveate.core.grid import Grid
 from foveate.kernels.attend import attend
 from foveate.patterns.basic import Causal, SlidingWindow
 from foveate.scores.after import Multiply
-from foveate.scores.buckets import BucketTable, SignedBuckets, T5Buckets
+from foveate.scores.buckets import BucketTable, ClippedOffsets, SignedBuckets, T5Buckets
 from foveate.scores.pairs import Pairs
+from foveate.scores.relative import RelativeTable
 from tests.scores.blocks import H, dense_and_cells, gradients
 
 
@@ -47,6 +49,15 @@ def test_signed_buckets_follow_the_order_of_offsets():
     assert gap(torch.tensor([-1, 0])).tolist() == [6, 9]
     short = SignedBuckets(16, 20, gap=2, length=4)
     assert short(torch.arange(-3, 1)).tolist() == [0, 1, 2, 5]
+
+
+def test_clipped_offsets_are_a_clipped_relative_table():
+    table = torch.randn(2, 7)
+    got = BucketTable(table, ClippedOffsets(3)).values(Pairs.full(9, 9))
+    want = RelativeTable(table, Grid(9), "key-query", clip=True).values(Pairs.full(9, 9))
+    assert torch.equal(got, want)
+    with pytest.raises(ArgumentError, match="reach"):
+        ClippedOffsets(-1)
 
 
 @pytest.mark.parametrize("heads", [1, H])

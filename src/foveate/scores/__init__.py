@@ -10,6 +10,7 @@ from foveate.scores.bias import Bias as Bias
 from foveate.scores.bias import Gathered as Gathered
 from foveate.scores.bias import KeyBias as KeyBias
 from foveate.scores.buckets import BucketTable as BucketTable
+from foveate.scores.buckets import ClippedOffsets as ClippedOffsets
 from foveate.scores.buckets import SignedBuckets as SignedBuckets
 from foveate.scores.buckets import T5Buckets as T5Buckets
 from foveate.scores.distance import ALiBi as ALiBi

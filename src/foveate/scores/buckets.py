@@ -16,7 +16,7 @@ from foveate.scores.pairs import Pairs
 
 
 class Buckets(Protocol):
-    """Anything that maps offsets (key - query) to rows of a table; the two classes below are such."""
+    """Anything that maps offsets (key - query) to rows of a table; the classes below are such."""
 
     @property
     def rows(self) -> int:
@@ -44,6 +44,30 @@ def _check(part: object, buckets: int, per_side: int, max_distance: int) -> None
     if isinstance(max_distance, bool) or not isinstance(max_distance, int) or max_distance <= per_side // 2:
         expected = f"an integer above {per_side // 2}, the distances with a bucket of their own"
         raise bad(f"{name}.max_distance", max_distance, expected)
+
+
+@dataclass(frozen=True)
+class ClippedOffsets:
+    """A row for every offset up to `reach` either way; farther ones share the last rows (arXiv 1803.02155).
+
+    Args:
+        reach: rows are for offsets -reach .. reach.
+    """
+
+    reach: int
+
+    def __post_init__(self):
+        if isinstance(self.reach, bool) or not isinstance(self.reach, int) or self.reach < 0:
+            raise bad("ClippedOffsets.reach", self.reach, "a number of tokens")
+
+    @property
+    def rows(self) -> int:
+        """How many rows a table needs."""
+        return 2 * self.reach + 1
+
+    def __call__(self, offset: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """Return the rows of offsets key - query."""
+        return offset.clamp(-self.reach, self.reach) + self.reach
 
 
 @dataclass(frozen=True)
@@ -117,6 +141,12 @@ class SignedBuckets:
             low = int(_log_bucket(torch.tensor(self.length - 1), side, self.max_distance))
         found = _log_bucket(offset.abs(), side, self.max_distance) * offset.sign()
         return (found + (offset >= 0).long() * self.gap + low).clamp(0, self.rows - 1)
+
+
+def bucket_map(buckets: Buckets, n: int) -> Int[Tensor, "n n"]:
+    """Return the row that each pair of n tokens reads: queries downwards, keys to the right."""
+    at = torch.arange(n)
+    return buckets(at - at[:, None])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
