@@ -41,6 +41,22 @@ def test_portable_code_uses_no_wide_register(built):
         assert "zmm" in seen["avx512"]
 
 
+def test_tiles_are_multiplied_in_order_and_given_back(built):
+    objdump = need("objdump", "the code for tiles")
+    files = objects(built)
+    if "amx" not in files:
+        pytest.skip("the compiler has no AMX")
+    listing = subprocess.run([objdump, "-d", files["amx"]], capture_output=True, text=True, check=True).stdout
+    # sums in 0..3, rows in 4 and 5, pairs in 6 and 7: AT&T order is pairs, rows, sums
+    products = set(re.findall(r"tdpbf16ps %tmm(\d),%tmm(\d),%tmm(\d)", listing))
+    assert products == {("6", "4", "0"), ("7", "4", "1"), ("6", "5", "2"), ("7", "5", "3")}
+    assert listing.count("ldtilecfg") == listing.count("tilerelease") > 0
+    others = [name for name in files if name not in ("amx", "dispatch")]
+    for name in others:
+        listing = subprocess.run([objdump, "-d", files[name]], capture_output=True, text=True, check=True).stdout
+        assert "tmm" not in listing
+
+
 def test_units_define_nothing_that_the_linker_may_exchange(built):
     """The linker keeps one copy of inline standard-library code, perhaps the one for the newest CPU."""
     nm = need("nm", "the symbols of the units")

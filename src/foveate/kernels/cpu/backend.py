@@ -113,7 +113,7 @@ def describe(dtype: torch.dtype) -> str:
     """Say how the core runs here: the instruction set that this dtype uses, and threads."""
     name = ISA_NAMES[isa()]
     if dtype != torch.bfloat16:
-        name = name.removesuffix(" BF16")
+        name = name.removesuffix(" BF16").replace("AMX", "AVX-512")
     return f"{name}, {torch.get_num_threads()} threads"
 
 

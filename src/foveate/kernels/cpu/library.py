@@ -25,7 +25,7 @@ MAX_TERMS = 4
 # The values of the FV_* enumerations of the header.
 F32, BF16, F16 = 0, 1, 2
 SOFTMAX, SIGMOID = 0, 1
-ISA_NAMES = ("portable", "AVX2", "AVX-512", "AVX-512 BF16")
+ISA_NAMES = ("portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX BF16")
 FORWARD, BACKWARD_QUERY, BACKWARD_KEY = "fv_forward", "fv_backward_query", "fv_backward_key"
 FLATTEN, TRANSPOSE = "fv_flatten", "fv_transpose"
 _FAILURES = {

@@ -64,6 +64,7 @@ struct Stream {
 // to the logits in fp32. `Full` serves every dtype; `Half` only bf16 tensors, where the CPU multiplies bf16.
 struct Full {
     static constexpr bool scaled = true;
+    static int step(int n_lanes) { return row_step(n_lanes); }
     static void lanes(float* to, const fv_tensor& t, int64_t base, const int32_t* ids, int n, int n_lanes, int d, int dtype,
                       const float* factors, float scale, float* row) {
         for (int i = 0; i < n; ++i) {
@@ -104,6 +105,13 @@ struct Full {
 #if defined(__AVX512BF16__)
 struct Half {
     static constexpr bool scaled = false;
+#if defined(FV_AMX)
+    static constexpr int depth = DEEP;  // products sum this many numbers at a time
+    static int step(int) { return TILE; }
+#else
+    static constexpr int depth = 2;
+    static int step(int n_lanes) { return row_step(n_lanes); }
+#endif
     static void lanes(float* to, const fv_tensor& t, int64_t base, const int32_t* ids, int n, int n_lanes, int d, int,
                       const float*, float, float*) {
         uint32_t* pairs = (uint32_t*)to;  // [d / 2][lane]: two neighbours of a row in one word
@@ -113,6 +121,8 @@ struct Half {
         }
         for (int j = 0; j < d; j += 2)
             for (int i = n; i < n_lanes; ++i) pairs[(int64_t)(j / 2) * n_lanes + i] = 0;
+        for (int j = d; j < round_up(d, depth); j += 2)
+            for (int i = 0; i < n_lanes; ++i) pairs[(int64_t)(j / 2) * n_lanes + i] = 0;
     }
     static void rows(float* to, const fv_tensor& t, int64_t base, const int32_t* ids, int n, int n_padded, int d, int ld, int,
                      const float*, float) {
@@ -134,13 +144,26 @@ struct Half {
         }
     }
     static void multiply(const float* rows, int ld, int n_rows, const float* lanes, int n_lanes, int d, float* st) {
+#if defined(FV_AMX)
+        tile_product((const uint16_t*)rows, ld, n_rows, (const uint16_t*)lanes, 2 * n_lanes, n_lanes, round_up(d, depth), st,
+                     n_lanes, false);
+#else
         dots((const uint16_t*)rows, ld, n_rows, (const uint16_t*)lanes, n_lanes, d, st);
+#endif
     }
     static void add(const float* st, int n_lanes, int used, const float* rows, int ld, int n, int width, float* out,
                     Workspace& w) {
-        pair_rows(st, n_lanes, n, (uint16_t*)w.pairs_st);
-        pair_panel((const uint16_t*)rows, ld, n, width, (uint16_t*)w.pairs_rows);
-        blend((const uint16_t*)w.pairs_st, n_lanes, used, (const uint16_t*)w.pairs_rows, ld, n, width, out, ld);
+        uint16_t *turned = (uint16_t*)w.pairs_st, *paired = (uint16_t*)w.pairs_rows;
+        pair_panel((const uint16_t*)rows, ld, n, width, paired);
+#if defined(FV_AMX)
+        const int deep = round_up(n, depth);
+        for (int r = round_up(n, 2); r < deep; r += 2) std::memset(paired + (int64_t)r * ld, 0, 4 * width);
+        turn_rows(st, n_lanes, used, n, turned, CHUNK);
+        tile_product(turned, CHUNK, round_up(used, TILE), paired, 2 * ld, width, deep, out, ld, true);
+#else
+        pair_rows(st, n_lanes, n, turned);
+        blend(turned, n_lanes, used, paired, ld, n, width, out, ld);
+#endif
     }
 };
 #endif
@@ -253,7 +276,7 @@ static inline void weights(const fv_job& job, float* st, int n, int n_lanes, con
 template <class P>
 static void forward_cell(const fv_job& job, int64_t b, int64_t h, const fv_cells& cells, int64_t c, Workspace& w) {
     const int32_t* own = cells.own + cells.own_ptr[c];
-    int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]), n_lanes = lanes_for(used), step = row_step(n_lanes);
+    int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]), n_lanes = lanes_for(used), step = P::step(n_lanes);
     const uint8_t* mask = cells.mask_ptr[c] < 0 ? nullptr : cells.masks + cells.mask_ptr[c];
     int d = (int)job.dim, dv = (int)job.dim_v, ld_k = padded(d), ld_v = padded(dv), width = round_up(dv, 2 * W);
     int64_t hk = h / (job.heads / job.kv_heads);
@@ -358,7 +381,7 @@ template <class P>
 static void query_cell(const fv_job& job, int64_t b, int64_t h, const fv_cells& cells, int64_t c, int64_t slice,
                        Workspace& w) {
     const int32_t* own = cells.own + cells.own_ptr[c];
-    int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]), n_lanes = lanes_for(used), step = row_step(n_lanes);
+    int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]), n_lanes = lanes_for(used), step = P::step(n_lanes);
     const uint8_t* mask = cells.mask_ptr[c] < 0 ? nullptr : cells.masks + cells.mask_ptr[c];
     int d = (int)job.dim, dv = (int)job.dim_v, ld_k = padded(d), ld_v = padded(dv), width = round_up(d, 2 * W);
     int64_t hk = h / (job.heads / job.kv_heads), row_of = (b * job.heads + h) * job.n_q;
@@ -419,7 +442,7 @@ static void query_cell(const fv_job& job, int64_t b, int64_t h, const fv_cells& 
 template <class P>
 static void key_cell(const fv_job& job, int64_t b, int64_t hk, const fv_cells& cells, int64_t c, Workspace& w) {
     const int32_t* own = cells.own + cells.own_ptr[c];
-    int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]), n_lanes = lanes_for(used), step = row_step(n_lanes);
+    int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]), n_lanes = lanes_for(used), step = P::step(n_lanes);
     const uint8_t* mask = cells.mask_ptr[c] < 0 ? nullptr : cells.masks + cells.mask_ptr[c];
     int d = (int)job.dim, dv = (int)job.dim_v, ld_k = padded(d), ld_v = padded(dv);
     int width_k = round_up(d, 2 * W), width_v = round_up(dv, 2 * W);

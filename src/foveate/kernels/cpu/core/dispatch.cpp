@@ -24,11 +24,25 @@ FV_DECLARE(fv_avx512)
 FV_DECLARE(fv_avx512bf16)
 #endif
 
+#if defined(FV_HAVE_AMX)
+FV_DECLARE(fv_amx)
+#if !defined(FV_AMX_EMULATED)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+#endif
+
 namespace {
 
 using Run = void (*)(int, const fv_job&, int64_t, int64_t, float*);
 
 Run choose(int isa) {
+#if defined(FV_HAVE_AMX)
+    if (isa == FV_AMX_BF16) return fv_amx::run;
+#endif
 #if defined(FV_HAVE_AVX512BF16)
     if (isa == FV_AVX512_BF16) return fv_avx512bf16::run;
 #endif
@@ -86,6 +100,25 @@ int launch(int kind, const fv_job* job) {
     return 0;
 }
 
+#if defined(FV_HAVE_AMX)
+// Whether tiles may be used: the CPU has them, and the kernel lets this process keep their 8 KB of state (asked once).
+bool may_use_tiles() {
+#if defined(FV_AMX_EMULATED)
+    return true;
+#elif defined(__linux__)
+    static const bool may = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 22 & 1)) return false;
+        const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    }();
+    return may;
+#else
+    return false;  // elsewhere nobody is known to be asked
+#endif
+}
+#endif
+
 }  // namespace
 
 int fv_best_isa(void) {
@@ -96,7 +129,12 @@ int fv_best_isa(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
 #if defined(FV_HAVE_AVX512BF16)
-        if (__builtin_cpu_supports("avx512bf16")) return FV_AVX512_BF16;
+        if (__builtin_cpu_supports("avx512bf16")) {
+#if defined(FV_HAVE_AMX)
+            if (may_use_tiles()) return FV_AMX_BF16;
+#endif
+            return FV_AVX512_BF16;
+        }
 #endif
         return FV_AVX512;
     }

@@ -16,7 +16,7 @@ extern "C" {
 enum { FV_ABI = 3 };
 enum { FV_F32 = 0, FV_BF16 = 1, FV_F16 = 2 };
 enum { FV_SOFTMAX = 0, FV_SIGMOID = 1 };
-enum { FV_PORTABLE = 0, FV_AVX2 = 1, FV_AVX512 = 2, FV_AVX512_BF16 = 3 };
+enum { FV_PORTABLE = 0, FV_AVX2 = 1, FV_AVX512 = 2, FV_AVX512_BF16 = 3, FV_AMX_BF16 = 4 };
 enum { FV_MAX_TERMS = 4 };
 
 // A (B, H, N, D) tensor; the last dimension is contiguous.

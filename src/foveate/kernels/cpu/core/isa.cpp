@@ -17,6 +17,10 @@ void run(int kind, const fv_job& job, int64_t begin, int64_t end, float* memory)
     Workspace w = carve(memory);
     const fv_cells& cells = kind == 2 ? job.by_key : job.by_query;
     int64_t heads = kind == 2 ? job.kv_heads : job.heads, slices = job.slices;
+#if defined(FV_AMX)
+    const Tiles configured;
+    (void)configured;
+#endif
     for (int64_t task = begin; task < end; ++task) {
         int64_t slice = task % slices, b = task / slices / heads, h = task / slices % heads;
         int64_t set = b * cells.set_stride_b + h * cells.set_stride_h;

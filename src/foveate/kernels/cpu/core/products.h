@@ -4,6 +4,9 @@
 // `rows` is read as it streams in, never transposed: its elements are broadcast in the first, vectors in the second.
 #pragma once
 #include "simd.h"
+#if defined(FV_AMX)
+#include "amx.h"
+#endif
 
 namespace FV_NAMESPACE {
 
