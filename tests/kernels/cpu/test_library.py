@@ -118,7 +118,9 @@ def test_the_constants_repeat_the_header():
     assert values["FV_MAX_TERMS"] == library.MAX_TERMS
     assert (values["FV_F32"], values["FV_BF16"], values["FV_F16"]) == (library.F32, library.BF16, library.F16)
     assert (values["FV_SOFTMAX"], values["FV_SIGMOID"]) == (library.SOFTMAX, library.SIGMOID)
-    levels = [values[name] for name in ("FV_PORTABLE", "FV_AVX2", "FV_AVX512", "FV_AVX512_BF16")]
+    levels = [
+        values[name] for name in ("FV_PORTABLE", "FV_AVX2", "FV_AVX512", "FV_AVX512_BF16", "FV_AMX_BF16")
+    ]
     assert levels == list(range(len(ISA_NAMES)))
 
 
