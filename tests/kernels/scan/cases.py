@@ -87,7 +87,7 @@ def cases(draw, max_n=40):
         dv=draw(st.integers(1, 4)),
         kind=draw(st.sampled_from(KINDS)),
         strong=draw(st.sampled_from([0.0, 0.3, 1.0])),
-        size=draw(st.sampled_from([0.0, 1e-6, 0.5, 30.0])),
+        size=draw(st.sampled_from([0.0, 1e-8, 1e-6, 0.5, 30.0])),
         chunk=chunk,
     )
 

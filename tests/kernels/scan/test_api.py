@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.kernels.scan import normalized_scan, scan, scan_step
+from foveate.kernels.scan import chunk, normalized_scan, scan, scan_step
 from tests.kernels.scan.cases import KINDS, Case, cases, make, oracle
 
 FORMS = ("reference", "recurrent", "chunk")
@@ -61,9 +61,11 @@ def test_chunks_of_the_default_size_equal_the_recurrence(n, kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("together", [1, 200])
 @pytest.mark.parametrize("kind", KINDS)
-def test_more_chunks_than_are_computed_together(kind):
-    case = make(b=1, h=1, n=2 * 64 * 4 + 7, kind=kind, size=0.05, chunk=4)
+def test_more_chunks_than_are_computed_together(kind, together, monkeypatch):
+    monkeypatch.setattr(chunk, "TOGETHER", together)  # one chunk, or six
+    case = make(b=1, h=2, n=91, kind=kind, size=0.05, chunk=4)
     for ours, theirs in zip(run(case, "chunk"), run(case, "recurrent"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
     got = gradients(case, lambda c: run(c, "chunk"))
@@ -238,3 +240,16 @@ def weights_of(q, k, decay):
     n = q.shape[2]
     eye = torch.eye(n, dtype=q.dtype).expand(*q.shape[:2], n, n)
     return scan(q, k, eye, decay=decay, backend="reference")
+
+
+def test_an_input_gate_is_a_factor_on_keys_or_values():
+    """S_t = exp(g_t) S_{t-1} + (i_t k_t) (j_t v_t)^T needs no argument of its own; D u is an ordinary sum."""
+    case = make(n=9, kind="channel")
+    k_gate, v_gate = torch.rand_like(case.k), torch.rand_like(case.v)
+    state, outs = case.state, []
+    for t in range(9):
+        pair = (k_gate * case.k)[:, :, t, :, None] * (v_gate * case.v)[:, :, t, None]
+        state = case.decay[:, :, t, :, None].exp() * state + pair
+        outs.append((case.q[:, :, t, None] @ state).squeeze(2))
+    case.k, case.v = case.k * k_gate, case.v * v_gate
+    torch.testing.assert_close(run(case, "chunk")[0], torch.stack(outs, 2))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate.kernels.scan import crossover_length, scan, scan_cost
+from foveate.kernels.scan import chunk, crossover_length, scan, scan_cost
 from tests.kernels.scan.cases import KINDS, Case, make
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -78,8 +78,8 @@ def test_full_resets_give_no_nan(kind, strong):
         assert x.isfinite().all()
 
 
-def stability(n, kind, size):
-    case = make(b=1, h=2, n=n, dk=8, dv=8, kind=kind, size=size, chunk=64)
+def stability(n, kind, size, d=8):
+    case = make(b=1, h=2, n=n, dk=d, dv=d, kind=kind, size=size, chunk=64)
     single = case.to(torch.float32)
     truth, last = scan(case.q, case.k, case.v, decay=case.decay, return_state=True)
     ours, state = scan(single.q, single.k, single.v, decay=single.decay, return_state=True)
@@ -92,9 +92,14 @@ def test_ten_thousand_tokens_stay_exact(kind):
     stability(10_000, kind, 1e-3)
 
 
+@pytest.mark.parametrize(("kind", "size"), [("none", 0), ("head", 1e-4), ("token", 1e-8), ("channel", 1e-3)])
+def test_a_hundred_thousand_tokens_stay_exact_with_few_channels(kind, size):
+    stability(100_000, kind, size, d=2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize("size", [1e-8, 1e-6, 1e-3, 1.0])
 def test_a_hundred_thousand_tokens_stay_exact(kind, size):
     stability(100_000, kind, size)
 
@@ -138,7 +143,9 @@ def test_compiles_whole_with_inductor():
 
 @pytest.mark.parametrize("backend", ["chunk", "recurrent", "reference"])
 @pytest.mark.parametrize("kind", ["none", "token", "channel"])
-def test_vmap_and_per_sample_gradients(backend, kind):
+@pytest.mark.parametrize("together", [1, 1 << 18])
+def test_vmap_and_per_sample_gradients(backend, kind, together, monkeypatch):
+    monkeypatch.setattr(chunk, "TOGETHER", together)
     case = make(b=3, n=9, kind=kind, chunk=4)
     decay = torch.zeros(3, 2, 9, dtype=torch.float64) if case.decay is None else case.decay
 

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from foveate.kernels.scan.contract import ScanProblem
 
-# Chunks computed together. Few enough that their tensors stay in cache and that memory beside
-# inputs and outputs does not grow with N; enough that every matrix product is a large batch.
-TOGETHER = 64
+# Numbers per tensor of the chunks that are computed together. Few enough that they stay in cache and that memory
+# beside inputs and outputs does not grow with N; enough that every matrix product is a large batch.
+TOGETHER = 1 << 18
 
 
 def run(p: ScanProblem, chunk: int = 64) -> tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h dk dv"]]:
     """Compute outputs and final state in O(N (chunk + D_k) D) time with N / chunk short sequential steps."""
     if p.n == 0:
         return p.v, p.state
-    sizes, chunks = _pieces(p.n, chunk)
-    state, outs = p.state, []
+    sizes, chunks = _pieces(p.n, chunk, together(p, chunk))
+    state, outs = p.state, _Outputs(p.n)
     constant = p.decay is not None and p.decay.shape[2] == 1
     shared: dict[int, _Decays] = {}
     # One split each, not slices: the gradient of every slice would be a tensor of full length.
@@ -47,7 +47,7 @@ def run(p: ScanProblem, chunk: int = 64) -> tuple[Float[Tensor, "b h n dv"], Flo
                 decays = shared[c] = _Decays(p.decay.unsqueeze(3).expand(-1, -1, 1, c, -1))
             out, state = _decayed(q, k, v, decays, state, p.inclusive)
         outs.append(out.flatten(2, 3))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), state
+    return outs.join(), state
 
 
 def run_everywhere(p: ScanProblem) -> Float[Tensor, "b h n dv"]:
@@ -55,10 +55,44 @@ def run_everywhere(p: ScanProblem) -> Float[Tensor, "b h n dv"]:
     return p.q @ (p.k.mT @ p.v)
 
 
-def _pieces(n: int, chunk: int) -> tuple[list[int], list[int]]:
+def together(p: ScanProblem, chunk: int) -> int:
+    """How many chunks are computed at once."""
+    heads = p.q.shape[0] * p.q.shape[1]
+    return max(1, TOGETHER // max(1, heads * chunk * max(p.q.shape[3], p.v.shape[3], chunk)))
+
+
+class _Outputs:
+    """Outputs of the pieces, side by side on axis 2.
+
+    Without a gradient they are written where they belong at once: pieces that wait to be joined are memory that
+    the system has to hand out first, and more of it with every token.
+    """
+
+    def __init__(self, n: int):
+        self.n, self.at = n, 0
+        self.parts: list[Tensor] = []
+        self.whole: Tensor | None = None
+
+    def append(self, part: Tensor) -> None:
+        size = part.shape[2]
+        if self.whole is None:
+            if size == self.n or part.requires_grad or self.parts:
+                self.parts.append(part)
+                return
+            self.whole = part.new_empty((*part.shape[:2], self.n, part.shape[3]))
+        self.whole[:, :, self.at : self.at + size] = part
+        self.at += size
+
+    def join(self) -> Tensor:
+        if self.whole is not None:
+            return self.whole
+        return self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts, dim=2)
+
+
+def _pieces(n: int, chunk: int, count: int) -> tuple[list[int], list[int]]:
     """Tokens of each piece, and of each of its chunks: runs of whole chunks, then the rest as one chunk."""
-    runs, rest = divmod(n - n % chunk, TOGETHER * chunk)
-    sizes = [TOGETHER * chunk] * runs + [rest] * (rest > 0)
+    runs, rest = divmod(n - n % chunk, count * chunk)
+    sizes = [count * chunk] * runs + [rest] * (rest > 0)
     chunks = [chunk] * len(sizes)
     if n % chunk:
         sizes.append(n % chunk)
