@@ -1,13 +1,16 @@
-"""The learned relative position bias of local attention: one number per head and offset."""
+"""Positions that several systems share: a learned bias per head and offset, and turns of neighbouring channels."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from foveate.core.dtypes import accumulation_dtype
 from foveate.core.grid import Grid
 from foveate.scores.relative import RelativeTable
+from foveate.scores.rotary import axial_angles, rotate
 
 
 class RelativeBias(nn.Module):
@@ -46,3 +49,28 @@ class RelativeBias(nn.Module):
     def extra_repr(self) -> str:
         """Show the options."""
         return f"heads={self.heads}, window={self.window}, sign={self.sign!r}, step={self.step}"
+
+
+Turns = tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]]
+
+
+def map_turns(grid: Grid, width: int, like: Tensor) -> Turns:
+    """Return cosines and sines for `turned`: axial rotary positions of a head, as RMT and its successors have them.
+
+    An equal share of channels turns with every axis, by frequencies from 1 to 1 / 10000, both included.
+
+    Args:
+        grid: the map.
+        width: channels of a head; a multiple of twice the number of axes.
+        like: gives dtype (widened to float32) and device.
+    """
+    wide = accumulation_dtype(like.dtype)
+    angles = axial_angles(grid, width, inclusive=True, dtype=wide, device=like.device)
+    return angles.cos(), angles.sin()
+
+
+def turned(x: Float[Tensor, "b h n d"], turns: Turns | None) -> Float[Tensor, "b h n d"]:
+    """Turn neighbouring channels of queries or keys, in float32 or wider; None leaves them."""
+    if turns is None:
+        return x
+    return rotate(x.to(turns[0].dtype), *turns, "interleaved").to(x.dtype)

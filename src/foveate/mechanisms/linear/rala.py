@@ -35,12 +35,9 @@ from foveate.kernels.attend import attend
 from foveate.kernels.scan.api import scan
 from foveate.mechanisms.inputs import check_heads, check_spatial, refuse_causal
 from foveate.mechanisms.norms import MapNorm
-from foveate.scores.rotary import axial_angles, rotate
+from foveate.mechanisms.positions import Turns, map_turns, turned
 
 EPS = 1e-6  # added to the mean weight of a row
-
-Heads = Float[Tensor, "b h n d"]
-Turns = tuple[Float[Tensor, "n half"], Float[Tensor, "n half"]]
 
 
 def rank_augmented(
@@ -64,8 +61,7 @@ def rank_augmented(
     q, k, v = elu(q.to(wide)) + 1, elu(k.to(wide)) + 1, v.to(wide)
     if augment:
         k = k * key_weights(q, k).unsqueeze(-1)
-    turned_q, turned_k = turn(q, k, turns)
-    total = scan(turned_q, turned_k, v, causal=False, scale=1 / n)
+    total = scan(turned(q, turns), turned(k, turns), v, causal=False, scale=1 / n)
     weight = scan(q, k, torch.ones_like(v[..., :1]), causal=False, scale=1 / n)
     return (total / (weight + EPS)).to(dtype)
 
@@ -74,13 +70,6 @@ def key_weights(q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"]) -> Flo
     """Return how much each key counts: N times its share in the attention of the mean query (features given)."""
     logits = (q.mean(2, keepdim=True) @ k.mT).squeeze(2) * k.shape[-1] ** -0.5
     return logits.softmax(-1) * k.shape[2]
-
-
-def turn(q: Heads, k: Heads, turns: Turns | None) -> tuple[Heads, Heads]:
-    """Turn neighbouring channels of queries and keys."""
-    if turns is None:
-        return q, k
-    return rotate(q, *turns, "interleaved"), rotate(k, *turns, "interleaved")
 
 
 @system(
@@ -156,11 +145,7 @@ class RALA(nn.Module):
 
     def turns(self, grid: Grid, like: Tensor) -> Turns | None:
         """Return cosines and sines of what the channel pairs of a head turn by, None without rotary positions."""
-        if not self.rotary:
-            return None
-        wide = accumulation_dtype(like.dtype)
-        angles = axial_angles(grid, self.width, inclusive=True, dtype=wide, device=like.device)
-        return angles.cos(), angles.sin()
+        return map_turns(grid, self.width, like) if self.rotary else None
 
     def forward(self, x: Float[Tensor, "b c y x"]) -> Float[Tensor, "b c y x"]:
         """Mix the pixels of `x`, any height and width.
@@ -175,9 +160,7 @@ class RALA(nn.Module):
         if self.form == "linear":
             out = rank_augmented(q, k, v, turns=turns, augment=self.augment)
         else:
-            wide = accumulation_dtype(q.dtype)
-            q, k = (part.to(q.dtype) for part in turn(q.to(wide), k.to(wide), turns))
-            out = attend(q, k, v, backend=self.backend)
+            out = attend(turned(q, turns), turned(k, turns), v, backend=self.backend)
         out = out.mT.flatten(1, 2).unflatten(2, x.shape[2:])
         return self.proj((out + self.lepe(values)) * gate)
 
