@@ -90,12 +90,12 @@ $(VENV)/.compare: $(VENV)/.base $(CORE)
 
 $(VENV)/.bench: $(VENV)/.base $(CORE)
 	$(COMPILER)
-	$(PIP) -e '.[compare]'
+	$(PIP) -e '.[compare,music]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base $(CORE)
 	$(COMPILER)
-	$(PIP) -e '.[compare,study,test]'
+	$(PIP) -e '.[compare,music,study,test]'
 	@$(MINILM)
 	@touch $@
 
