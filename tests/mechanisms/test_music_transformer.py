@@ -11,6 +11,7 @@ from foveate.core.grid import Grid
 from foveate.cost.explain import explain
 from foveate.kernels.attend import attend
 from foveate.mechanisms.scored.music_transformer import RelativeGlobalAttention, relative_attention
+from foveate.models.language import language_model
 from foveate.patterns.basic import Causal
 from foveate.patterns.offsets import Spans
 
@@ -71,6 +72,9 @@ def test_official_leaves_values_out_of_the_first_block_only():
     bare = relative_attention(q, k, v, table, block=4)
     torch.testing.assert_close(theirs[:, :, :4], bare[:, :, :4])
     torch.testing.assert_close(theirs[:, :, 4:], right[:, :, 4:])
+    for n_q in (1, 3, 8, 9):
+        part = relative_attention(q[:, :, -n_q:], k, v, table, values, block=4, official=True)
+        torch.testing.assert_close(part, theirs[:, :, -n_q:])
     torch.testing.assert_close(
         relative_attention(q, k, v, table, values, block=6, official=True),
         relative_attention(q, k, v, table, block=6),
@@ -202,6 +206,15 @@ def test_grouped_keys_masks_and_low_precision():
     low = relative_attention(*(x.bfloat16() for x in (q, k, v)), table.bfloat16())
     assert low.dtype == torch.bfloat16
     assert (low.double() - want).abs().max() < 0.1
+
+
+def test_a_language_model_around_it_samples_beyond_its_context():
+    model = language_model(
+        "music_transformer", vocab=11, context=16, dim=16, heads=2, depth=2, positions=False
+    ).eval()
+    prompt = torch.randint(0, 11, (2, 5))
+    long = model.generate(prompt, 20, temperature=0)
+    torch.testing.assert_close(model(long[:, :-1])[:, 4:].argmax(-1), long[:, 5:])
 
 
 def test_bad_arguments_are_named():

@@ -73,7 +73,7 @@ def relative_attention(
         raise bad("block", block, "None where causal is False", "Blocks look back only.")
     first = 1 - rows if causal else -(rows // 2)
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
-    n, dropped, where = q.shape[2], 0, Causal() if causal else None
+    n, n_k, dropped, where = q.shape[2], k.shape[2], 0, Causal() if causal else None
     if block is not None:
         q, k, v, mask, where = _blocks(q, k, v, mask, block)
         dropped = q.shape[2] - n
@@ -85,7 +85,9 @@ def relative_attention(
     weights = attend(q, k, eye, **options)
     extra = relative_values(weights, value_table, first=first)
     if official and block is not None:
-        bare = n if n < 2 * block else block
+        # Positions below this one go without; row 0 stands at n_k - q.shape[2].
+        limit = n_k if n_k < 2 * block else block
+        bare = min(max(limit - (n_k - q.shape[2]), 0), q.shape[2])
         extra = F.pad(extra[:, :, bare:], (0, 0, bare, 0))
     return (apply(weights, v) + extra)[:, :, dropped:].to(v.dtype)
 
