@@ -10,7 +10,6 @@ from torch import Tensor
 from foveate.core.errors import bad
 from foveate.kernels.attend import attend
 from foveate.scores.bias import KeyBias
-from foveate.scores.rules import Exp
 
 
 def collect(
@@ -26,7 +25,8 @@ def collect(
     """Return `weights^T v`: for each key, the values of the queries, weighted by what they give to this key.
 
     With w = softmax(q k^T scale) over keys, out[k] = sum_q w[q, k] v[q]. The weights are never formed: they
-    are exp(logit - lse), so that queries and keys change places and the lse of the first pass is a bias.
+    are exp(logit - lse), so that queries and keys change places and the lse of the first pass is a bias. The
+    second pass is a softmax again, times the row sums it divided by, since every backend has a fast softmax.
     With v = 1 it tells how much attention each key receives (the column sums of w).
 
     Args:
@@ -45,4 +45,7 @@ def collect(
         raise bad("k", tuple(k.shape), f"{q.shape[1]} heads, as q has", "Repeat the shared heads of k first.")
     # Queries without a key have lse -inf; they give nothing to anybody.
     bias = (-lse).masked_fill(lse.isneginf(), float("-inf"))
-    return attend(k, q, v, where=where, score=KeyBias(bias), weigh=Exp(), scale=scale, backend=backend)
+    score = KeyBias(bias)
+    mean, total = attend(k, q, v, where=where, score=score, scale=scale, backend=backend, return_lse=True)
+    # No row sum exceeds the number of queries, as no weight exceeds 1.
+    return (mean * total.exp().unsqueeze(-1)).to(mean.dtype)
