@@ -65,12 +65,12 @@ def code_to_paste(mechanism: str, site: Mapping[str, Any]) -> str:
     ]
     if facts.layout == "tokens":
         lines += [
-            f"x = torch.randn(1, grid.numel, {site['dim']})  # (batch, tokens, channels), row-major",
+            f"x = torch.randn(2, grid.numel, {site['dim']})  # (batch, tokens, channels), row-major",
             "y = attention(x, grid)  # the same shape",
         ]
     else:
         lines += [
-            f"x = torch.randn(1, {site['dim']}, *grid)  # (batch, channels, *grid)",
+            f"x = torch.randn(2, {site['dim']}, *grid)  # (batch, channels, *grid)",
             "y = attention(x)  # the same shape",
         ]
     return "\n".join(lines) + "\n"
