@@ -105,6 +105,22 @@ def test_two_sided_systems_have_no_state_and_are_compared_with_all_pairs():
         assert n == 1 or one.dense_flops(n - 1) <= one.flops_per_token * (n - 1)
 
 
+def test_a_causal_system_beside_two_sided_attention_pays_earlier():
+    found = cost("lightning_attention")
+    assert found.crossover_against(causal=True) == found.crossover
+    n = found.crossover_against(causal=False)
+    two_sided = FullAttention(dim=DIM, heads=HEADS)
+    per_token = found.flops_per_token
+    assert count_flops(two_sided, torch.randn(1, n, DIM), Grid(n)) > per_token * n
+    assert count_flops(two_sided, torch.randn(1, n - 1, DIM), Grid(n - 1)) <= per_token * (n - 1)
+
+
+def test_the_direction_can_be_asked_for():
+    assert cost("lightning_attention", causal=True) == cost("lightning_attention")
+    with pytest.raises((ArgumentError, UnsupportedError), match="causal"):
+        explain_linear("rala", dim=DIM, grid=Grid(8, 8), heads=HEADS, causal=True)
+
+
 def test_it_is_readable_and_leaves_the_random_state_alone():
     torch.manual_seed(3)
     expected = torch.rand(2)

@@ -66,12 +66,16 @@ class LinearCost:
     @property
     def crossover(self) -> int:
         """The shortest length at which a layer of full attention takes more operations than this one."""
-        return self._beyond(self.flops_per_token - 8 * self.dim**2)
+        return self.crossover_against(causal=self.causal)
+
+    def crossover_against(self, *, causal: bool) -> int:
+        """`crossover` against full attention with causal pairs only, or with all, whichever this layer has."""
+        return self._beyond(self.flops_per_token - 8 * self.dim**2, causal)
 
     @property
     def scan_crossover(self) -> int:
         """The same for the mixing alone, without projections."""
-        return self._beyond(self.scan_flops / self.n)
+        return self._beyond(self.scan_flops / self.n, self.causal)
 
     @property
     def cache_crossover(self) -> int:
@@ -87,9 +91,9 @@ class LinearCost:
         pairs = n * (n + 1) // 2 if self.causal else n * n
         return 8 * self.dim**2 * n + 4 * self.dim * pairs
 
-    def _beyond(self, per_token: float) -> int:
+    def _beyond(self, per_token: float, causal: bool) -> int:
         """The shortest length at which the mixing of full attention takes more than this per token."""
-        if self.causal:
+        if causal:
             return max(1, int(per_token // (2 * self.dim)))
         return max(1, int(per_token // (4 * self.dim)) + 1)
 
@@ -119,7 +123,13 @@ class LinearCost:
 
 
 def explain_linear(
-    key: str, *, dim: int, grid: Grid, heads: int, dtype: torch.dtype = torch.float32
+    key: str,
+    *,
+    dim: int,
+    grid: Grid,
+    heads: int,
+    dtype: torch.dtype = torch.float32,
+    causal: bool | None = None,
 ) -> LinearCost:
     """Count one layer of a registered system that scans; shapes only, nothing is computed.
 
@@ -129,6 +139,7 @@ def explain_linear(
         grid: its tokens.
         heads: of the system, if it has any.
         dtype: of the tokens.
+        causal: whether its tokens see earlier ones only; None for what it can be, causal rather than not.
 
     Raises:
         UnknownNameError: no such system.
@@ -139,7 +150,8 @@ def explain_linear(
     if not scans(key):
         names = ", ".join(f.key for f in list_systems() if scans(f.key))
         raise bad("mechanism", key, "a system that scans", f"These do: {names}.")
-    causal = facts.causal != "no"
+    if causal is None:
+        causal = facts.causal != "no"
     with torch.random.fork_rng(devices=[]):
         module = build_mixer(key, dim=dim, grid=grid, heads=heads, causal=causal).to("meta", dtype).eval()
     x = torch.empty(1, grid.numel, dim, dtype=dtype, device="meta")
