@@ -2,6 +2,7 @@
 
 import math
 
+from foveate.advise.crossover import crossed
 from foveate.advise.recommend import recommend
 from foveate.measure.fingerprint import fingerprint
 from foveate.measure.store import Store, empty_row
@@ -68,6 +69,7 @@ def shapes_row(key):
     return {
         **empty_row("shapes", key, "measured"),
         **last,
+        **crossover_fields(key, points),
         "family": family,
         "step_ms": last["forward_ms"] + last["backward_ms"],
         "memory_ratio": mib / 310,
@@ -119,6 +121,46 @@ def image_row(key):
     }
 
 
+def crossover_fields(key, points):
+    """As `shapes` writes them, for what scans."""
+    if MECHANISMS[key][0] != "linear" or key == "agent_attention":
+        return {}
+    return {
+        "flops_per_token": 655360.0,
+        "state_bytes": 65536,
+        "crossover_predicted": 129,
+        "crossover_measured": crossed(points),
+    }
+
+
+# Mechanisms of the recall workload: quality and bytes kept for decoding.
+RECALL = {
+    "full_attention": (0.99, 131072),
+    "seer_attention": (0.98, 139264),
+    "lightning_attention_2": (0.41, 8192),
+    "transnormer_llm": (0.52, 12288),
+    "fused_neighborhood_attention": (0.33, None),
+}
+
+
+def recall_row(key):
+    quality, kept = RECALL[key]
+    linear = key in ("lightning_attention_2", "transnormer_llm")
+    row = image_row("full_attention") | empty_row("recall", key, "measured")
+    return row | {
+        "forward_ms": 10.0,
+        "backward_ms": 20.0,
+        "step_ms": 30.0 + quality,
+        "memory_bytes": 2**20,
+        "quality": quality,
+        "quality_se": 0.01,
+        "state_bytes": kept,
+        "family": "linear" if linear else "local",
+        "tied_with": [],
+        "rank": 1 if quality > 0.9 else 3,
+    }
+
+
 def sample_document(workloads=("image", "shapes")):
     """The document after a complete run."""
     store = Store(
@@ -143,6 +185,20 @@ def sample_document(workloads=("image", "shapes")):
             "heads": 4,
             "batch": 32,
             "causal": False,
+        }
+    if "recall" in workloads:
+        document["rows"] += [recall_row(key) for key in RECALL]
+        document["workloads"]["recall"] = {
+            "title": "which value belongs to each key?",
+            "metric": "accuracy",
+            "higher_is_better": True,
+            "floor": 0.16,
+            "floor_name": "most shown value",
+            "grid": [128],
+            "dim": 64,
+            "heads": 4,
+            "batch": 32,
+            "causal": True,
         }
     if "shapes" in workloads:
         document["rows"] += [shapes_row(key) for key in MECHANISMS]

@@ -96,6 +96,15 @@ def test_the_script_raises_nothing_and_the_page_does_not_overflow(opened):
     assert found(opened[0])["overflow"] is False
 
 
+def test_the_pages_other_sections_do_not_overflow_either(tmp_path):
+    page = write_report(sample_document(("recall", "shapes")), tmp_path / "report.html")
+    page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    dom, log = browse(page, tmp_path)
+    assert "data-error" not in dom.split("<main", 1)[0]
+    assert found(dom)["overflow"] is False
+    assert requests(log) == set()
+
+
 def test_nothing_is_asked_of_the_network(opened):
     assert requests(opened[1]) == set()
 

@@ -98,6 +98,10 @@ def test_causal_workloads_refuse_those_that_see_the_future(toys, tiny):
     rows = {r["mechanism"]: r for r in found.rows if r["workload"] == "text"}
     assert rows["toy_not_causal"]["reason"] == "not causal: its windows hold later tokens"
     assert rows["toy_cheats"]["reason"].startswith("not causal: changing")
+    # Keys and values of 16 tokens and 8 channels in one layer; the toy cannot decode.
+    assert rows["full_attention"]["state_bytes"] == 2 * 16 * 8 * 4
+    assert rows["toy_good"]["state_bytes"] is None
+    assert validate(found.document) == []
 
 
 def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(toys, tmp_path):

@@ -3,10 +3,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from foveate.advise.plots import reach_file, reach_picture
+from foveate.advise.plots import pareto, reach_file, reach_picture
 from foveate.advise.recommend import recommend
 from foveate.advise.report import render, write_report
 from foveate.advise.table import plain_table
+from foveate.measure.schema import validate
 from foveate.measure.store import Store
 from tests.advise.documents import MECHANISMS, sample_document
 
@@ -124,6 +125,49 @@ def test_reach_pictures_of_every_rank(sizes):
     drawn = sizes[-1] if len(sizes) == 1 else sizes[-1] * sizes[-2]
     assert 0 < svg.count('class="cell"') <= drawn
     assert "<style>" in reach_file({"grid": list(sizes), "levels": levels}, "x")
+
+
+def test_recall_shows_what_is_kept_against_what_is_remembered():
+    document = sample_document(("recall",))
+    assert validate(document) == []
+    page = render(document)
+    text = " ".join(parsed(page).text)
+    assert "Quality against what decoding keeps" in text
+    assert "Without decoding of their own: fused neighborhood attention." in text
+    assert "lightning_attention_2: 0.41 ± 0.01 at 8 KiB kept for decoding" in text
+    picture = pareto(
+        [r for r in document["rows"] if r["state_bytes"]],
+        info=document["workloads"]["recall"],
+        best=None,
+        against="state",
+    )
+    assert "accuracy against bytes that decoding keeps of one sample" in picture
+    # The axis is logarithmic: equal factors are equal distances.
+    at = dict(
+        zip(("8 KiB", "32 KiB", "128 KiB"), positions(picture, "8 KiB", "32 KiB", "128 KiB"), strict=True)
+    )
+    assert at["32 KiB"] - at["8 KiB"] == pytest.approx(at["128 KiB"] - at["32 KiB"], abs=0.2)
+    assert picture.count("<circle") == 4
+
+
+def positions(picture, *ticks):
+    return [float(re.search(rf'<text x="([\d.]+)"[^>]*>{tick}</text>', picture).group(1)) for tick in ticks]
+
+
+def test_without_anything_kept_there_is_no_such_picture():
+    document = sample_document(("recall",))
+    for row in document["rows"]:
+        row["state_bytes"] = None
+    assert "what decoding keeps" not in render(document)
+    assert "what decoding keeps" not in render(sample_document(("image",)))
+
+
+def test_crossovers_stand_beside_one_another(page):
+    text = " ".join(" ".join(parsed(page).text).split())
+    assert "Crossover: predicted and measured." in text
+    assert "lightning_attention_2 655 k 64 KiB 129 582" in text
+    without = sample_document(("image",))
+    assert "Crossover" not in render(without)
 
 
 def test_terminal_table_says_the_same():

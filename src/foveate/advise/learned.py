@@ -17,6 +17,7 @@ from foveate.advise.ranking import Scored, quality_at, standings
 from foveate.advise.records import MechanismResult, RaceResult
 from foveate.advise.settings import BASELINE, Settings
 from foveate.advise.shapes import add_ratios
+from foveate.cost.state import decoding_bytes
 from foveate.kernels.flops import count_flops
 from foveate.measure.memory import peak_bytes
 from foveate.measure.store import empty_row
@@ -176,7 +177,7 @@ def time_networks(
     budget_s: float,
     emit: Listener,
 ) -> None:
-    """Fill times, memory and FLOPs of measured rows, all networks timed in turn on one training batch.
+    """Fill times, memory, state and FLOPs of measured rows, all networks timed in turn on one training batch.
 
     A network that raises becomes a failed row, in place.
     """
@@ -224,6 +225,7 @@ def time_networks(
                 "repeats": timing.repeats,
                 "flops": count_flops(forward.run),
                 "memory_bytes": peak_bytes(step, device=settings.device),
+                "state_bytes": decoding_bytes(model),
             }
             model.zero_grad(set_to_none=True)
         except Exception as error:

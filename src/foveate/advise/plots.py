@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 from foveate.advise.ranking import pareto as undominated
 from foveate.advise.svg import (
@@ -107,45 +107,57 @@ def _axes(
     return body
 
 
-def pareto(rows: Sequence[Row], *, info: Mapping[str, Any], best: str | None) -> str:
-    """Quality against time per training step, with error bars, the trivial answer and the front.
+def pareto(
+    rows: Sequence[Row],
+    *,
+    info: Mapping[str, Any],
+    best: str | None,
+    against: Literal["time", "state"] = "time",
+) -> str:
+    """Quality against what it costs, with error bars, the trivial answer and the front.
 
     Args:
         rows: measured rows of one learning workload.
         info: that workload's record (metric, higher_is_better, baselines, floor).
         best: the recommended mechanism.
+        against: "time" of a training step, or bytes of the "state" that decoding keeps.
     """
-    rows = [r for r in rows if r.get("quality") is not None and r.get("step_ms")]
+    field, said, word, unit = {
+        "time": ("step_ms", "time of one training step (forward + backward)", milliseconds, " a step"),
+        "state": ("state_bytes", "bytes that decoding keeps of one sample", byte_words, " kept for decoding"),
+    }[against]
+    rows = [r for r in rows if r.get("quality") is not None and r.get(field)]
     width, height, left, right, top, bottom = 1000.0, 440.0, 70.0, 970.0, 44.0, 380.0
     up = bool(info.get("higher_is_better", True))
     floor = info.get("floor")
     values = [r["quality"] + s * 2 * (r.get("quality_se") or 0) for r in rows for s in (-1, 1)]
     y = Scale.over([*values, *([floor] if floor is not None else [])], bottom, top)
-    x = Scale.over([r["step_ms"] for r in rows], left, right, log=True, pad=0.12)
+    x = Scale.over([r[field] for r in rows], left, right, log=True, pad=0.12)
     metric = str(info.get("metric", "quality")) + ("" if up else " (lower is better)")
     body = _axes(
         x,
         y,
-        x_name="time of one training step (forward + backward), logarithmic",
+        x_name=f"{said}, logarithmic",
         y_name=metric,
-        x_word=milliseconds,
+        x_word=word,
         y_word=number,
+        x_ticks=byte_ticks(x) if against == "state" else None,
     )
     if floor is not None:
         body.append(line(left, y(floor), right, y(floor), "floor"))
-        said = f"best trivial answer: {words(str(info.get('floor_name', '')))} {number(floor)}"
-        body.append(text(right, y(floor) - 6, said, anchor="end", cls="tick"))
+        trivial = f"best trivial answer: {words(str(info.get('floor_name', '')))} {number(floor)}"
+        body.append(text(right, y(floor) - 6, trivial, anchor="end", cls="tick"))
     sure = [r for r in rows if r.get("resolved") is not False]
-    front = [sure[i] for i in undominated([(r["step_ms"], r["quality"]) for r in sure], higher_is_better=up)]
-    front.sort(key=lambda r: r["step_ms"])
+    front = [sure[i] for i in undominated([(r[field], r["quality"]) for r in sure], higher_is_better=up)]
+    front.sort(key=lambda r: r[field])
     steps: list[tuple[float, float]] = []
     for row in front:
         if steps:
-            steps.append((x(row["step_ms"]), steps[-1][1]))
-        steps.append((x(row["step_ms"]), y(row["quality"])))
+            steps.append((x(row[field]), steps[-1][1]))
+        steps.append((x(row[field]), y(row["quality"])))
     if steps:
         body.append(path([*steps, (right, steps[-1][1])], "front"))
-    spots = [(x(r["step_ms"]), y(r["quality"]), words(r["mechanism"])) for r in rows]
+    spots = [(x(r[field]), y(r["quality"]), words(r["mechanism"])) for r in rows]
     for row, (cx, cy, _) in zip(rows, spots, strict=True):
         se = 2 * (row.get("quality_se") or 0)
         if se:
@@ -154,7 +166,7 @@ def pareto(rows: Sequence[Row], *, info: Mapping[str, Any], best: str | None) ->
             )
         tip = (
             f"{row['mechanism']}: {number(row['quality'])} ± {number(row.get('quality_se') or 0)} "
-            f"at {milliseconds(row['step_ms'])} a step"
+            f"at {word(row[field])}{unit}"
         )
         radius = 8 if row["mechanism"] == best else 6
         hollow = " hollow" if row.get("resolved") is False else ""
@@ -166,7 +178,7 @@ def pareto(rows: Sequence[Row], *, info: Mapping[str, Any], best: str | None) ->
         rows, place_labels(spots, (left, top - 10, right + 20, bottom)), spots, strict=True
     ):
         body.append(text(lx, ly, label, anchor=anchor, cls=f"label {_marked(row, best)}"))
-    return figure(width, height, body, label=f"{metric} against time per training step")
+    return figure(width, height, body, label=f"{metric} against {said}")
 
 
 def curves(rows: Sequence[Row], *, info: Mapping[str, Any], best: str | None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.advise import plots
+from foveate.advise.crossover import crossing_words
 from foveate.advise.recommend import LEARNING
 from foveate.advise.settings import BASELINE
 from foveate.advise.svg import byte_words, grid_words, milliseconds, number, words
@@ -27,6 +28,7 @@ _COLUMNS = (
     ("bound", "speedup_bound", lambda v: f"{v:.2f}×"),
     ("core vs tiles", "core_gain", lambda v: f"{v:.2f}×"),
     ("memory", "memory_bytes", byte_words),
+    ("state", "state_bytes", byte_words),
     ("growth", "exponent", lambda v: f"N<sup>{v:.2f}</sup>"),
     ("params", "params", lambda v: f"{v:,}"),
     ("GFLOPs", "flops", lambda v: number(v / 1e9)),
@@ -95,6 +97,18 @@ def _figures(
             plots.pareto(rows, info=info, best=best),
             wide=True,
         )
+    kept = [r for r in rows if r.get("state_bytes") and r.get("quality") is not None]
+    if learns and kept:
+        without = ", ".join(words(r["mechanism"]) for r in rows if not r.get("state_bytes"))
+        add(
+            "Quality against what decoding keeps",
+            "Bytes of all layers after the whole length, for one sample: keys and values grow with the length, the "
+            "state of a scan stays as it is, and a small one can hold only so much. Up and to the left is better; "
+            "the line joins mechanisms that nothing beats in both."
+            + (f" Without decoding of their own: {without}." if without else ""),
+            plots.pareto(kept, info=info, best=best, against="state"),
+            wide=True,
+        )
     if learns and pictured:
         add(
             "Quality as training goes on",
@@ -130,6 +144,22 @@ def _figures(
     return found
 
 
+def _crossovers(rows: list[Row]) -> list[dict[str, str]]:
+    """Systems that scan: what a token costs, and from which length they pay, predicted and measured."""
+    found = [r for r in rows if "crossover_predicted" in r]
+    found.sort(key=lambda r: (r["crossover_predicted"] or float("inf"), r["mechanism"]))
+    return [
+        {
+            "key": row["mechanism"],
+            "flops": f"{number(row['flops_per_token'] / 1e3)} k" if row.get("flops_per_token") else "–",
+            "state": byte_words(row["state_bytes"]) if row.get("state_bytes") else "–",
+            "predicted": f"{row['crossover_predicted']:,}" if row["crossover_predicted"] else "not counted",
+            "measured": crossing_words(row),
+        }
+        for row in found
+    ]
+
+
 def _section(document: Mapping[str, Any], workload: str, best: str | None) -> dict[str, Any]:
     every = [r for r in document["rows"] if r["workload"] == workload]
     rows = [r for r in every if r["status"] == "measured"]
@@ -151,6 +181,7 @@ def _section(document: Mapping[str, Any], workload: str, best: str | None) -> di
         "figures": _figures(rows, info, best, learns=learns, sized=sized) if rows else [],
         "table": _table(rows, best),
         "slower": slower,
+        "crossovers": _crossovers(rows),
         "others": [r for r in every if r["status"] != "measured"],
     }
 

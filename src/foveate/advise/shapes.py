@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from foveate.advise.admit import Admission, Site, one_line
+from foveate.advise.crossover import crossed, price
 from foveate.advise.events import Event, Listener
 from foveate.advise.settings import BASELINE
 from foveate.advise.svg import grid_words
@@ -40,6 +41,7 @@ class Runner:
     params: int = 0
     repeats: int = 0
     fault: str = ""
+    price: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -158,7 +160,8 @@ def row_of(runner: Runner, dense: Runner | None) -> dict[str, Any]:
         [p["forward_spread_ms"] + p["backward_spread_ms"] for p in runner.points],
     )
     slower = [grid_words(p["grid"]) for p in runner.points if p.get("speedup", 1.0) < 1.0]
-    return empty_row(WORKLOAD, runner.key, "measured", **said) | figures | {
+    measured = {"crossover_measured": crossed(runner.points)} if runner.price else {}
+    return empty_row(WORKLOAD, runner.key, "measured", **said) | figures | runner.price | measured | {
         "step_ms": step_ms(last),
         "params": runner.params,
         "repeats": runner.repeats,
@@ -195,7 +198,7 @@ def sweep(
     Returns:
         The sizes that were measured.
     """
-    runners = [Runner(a, []) for a in admissions]
+    runners = [Runner(a, [], price=price(a.facts, site)) for a in admissions]
     dense = next((r for r in runners if r.key == BASELINE), None)
     begin = time.perf_counter()
     # Work grows at least like the number of tokens, for the baseline like its square: in between.

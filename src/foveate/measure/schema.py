@@ -79,6 +79,9 @@ ROW = (
     Field("backends", "array", "`shapes`: backends of `attend` that its forward pass ran on, as text"),
     Field("core_gain", "number", "`shapes`: forward time on backend `tiles` (plain torch) over this one's, where it "
           "ran on the C++ core", minimum=0),
+    Field("state_bytes", "integer", "bytes that decoding keeps of one sample: in causal workloads of all layers after "
+          "the workload's whole length, in `shapes` of one layer that scans, at any length; null where it has no "
+          "`prefill` and `step`, or looks both ways", unit="bytes", minimum=0),
     Field("memory_ratio", "number", "this one's peak memory over full attention's", minimum=0),
     Field("exactness_error", "number", "relative L2 distance to full attention's output with the same parameters and "
           "zeros in what it adds; null where it lacks them or has another layout", minimum=0),
@@ -89,6 +92,13 @@ ROW = (
           "flops, speedup, speedup_bound"),
     Field("slower_than_dense", "array", "`shapes`: sizes at which forward plus backward is slower than full "
           "attention's, as text"),
+    Field("flops_per_token", "number", "`shapes`: of one layer that scans, forward, at any length; null where its "
+          "scans cannot be counted", minimum=0),
+    Field("crossover_predicted", "integer", "`shapes`: tokens from which full attention takes more FLOPs than a layer "
+          "that scans; null where its scans cannot be counted", minimum=1),
+    Field("crossover_measured", "number", "`shapes`: tokens from which a layer that scans is faster than full "
+          "attention, forward plus backward, interpolated between the sizes; null where no two sizes enclose it",
+          minimum=1),
     Field("quality_at_equal_time", "number", "quality when the seconds of the fastest finisher were spent"),
     Field("resolved", "boolean", "whether `quality` beats the trivial baseline by more than the noise"),
     Field("rank", "integer", "place by quality among resolved rows; those within the noise share one", minimum=1),
