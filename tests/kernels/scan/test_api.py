@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from foveate.kernels.scan import chunk, normalized_scan, scan, scan_step
@@ -50,6 +50,24 @@ def test_gradients_of_every_form_equal_the_contracts(backend, case):
     expected = gradients(case, oracle)
     got = gradients(case, lambda c: run(c, backend))
     for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("causal", [True, "reverse", False])
+@given(case=cases(max_n=20))
+def test_sequences_without_states_take_the_short_way(causal, case):
+    assume(case.q.shape[2] > 0)
+    call = {"decay": case.decay, "causal": causal}
+    leaves = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+    expected = scan(*leaves, **call, backend="reference")
+    got = scan(*leaves, **call, chunk=case.chunk)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    weigh = torch.linspace(-1, 1, got.numel(), dtype=got.dtype).view_as(got)
+    for ours, theirs in zip(
+        torch.autograd.grad((got * weigh).sum(), leaves),
+        torch.autograd.grad((expected * weigh).sum(), leaves),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 

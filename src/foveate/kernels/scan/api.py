@@ -101,7 +101,7 @@ def scan(
         ArgumentError: naming the argument that cannot be right.
     """
     backend = _decided(backend, q)
-    form, dtype = _form(backend, chunk), _out_dtype(q, k, v)
+    form, dtype = _form(backend, chunk, initial_state is not None or return_state), _out_dtype(q, k, v)
     if not isinstance(causal, bool) and causal != "reverse":
         raise bad("causal", causal, 'True, False or "reverse"')
     if causal is False and (initial_state is not None or return_state):
@@ -236,17 +236,25 @@ def _decided(backend: Backend, q: Tensor) -> Backend:
     return "recurrent" if q.ndim == 4 and q.shape[2] == 1 else "chunk"
 
 
-def _form(backend: str, chunk: int):
-    """The function that computes a folded problem, by name."""
+def _form(backend: str, chunk: int, states: bool):
+    """The function that computes a folded problem, by name; `states` says whether any is given or wanted."""
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise bad("chunk", chunk, "a positive number of tokens")
     if backend == "chunk":
-        return lambda problem: chunk_form.run(problem, chunk)
+        return lambda problem: _chunked(problem, chunk, states)
     if backend == "recurrent":
         return recurrent.run
     if backend == "reference":
         return reference.run
     raise unknown("backend of scan", str(backend), BACKENDS)
+
+
+def _chunked(problem: ScanProblem, chunk: int, states: bool) -> tuple[Tensor, Tensor]:
+    """The chunk form; without the way through the states where that is longer."""
+    per_channel = problem.decay is not None and problem.decay.shape[3] > 1
+    if states or per_channel or not 0 < problem.n <= 2 * chunk:
+        return chunk_form.run(problem, chunk)
+    return chunk_form.run_alone(problem), problem.state
 
 
 def _both(problem: ScanProblem, form, backend: str) -> Tensor:

@@ -1,11 +1,13 @@
 """The chunk form of the scan: matrix products inside chunks of tokens, a short recurrence between them.
 
 Inside a chunk every pair of tokens gets its weight at once; between chunks only the state travels.
-Log decays are only ever *added*, never subtracted: a chunk is built from halves, where a query of the
-later half reaches a key of the earlier half through (sum from the middle to the query) + (sum from the
-key to the middle). Both are <= 0, so nothing can overflow, -inf (a full reset) needs no special case,
-and small decays keep their digits beside huge ones. The same doubling serves one decay per token, where
-it builds the table of weights, and one per channel, where the two parts are put on q and on k.
+
+One decay per token: the table of weights comes from running sums in float64, whose differences keep more digits
+than float32 has; what is smaller than exp(-800) is nothing, and is cut so that a full reset (-inf) has a sum too.
+One decay per channel: there is no such table, and log decays are only ever *added*. A chunk is built from halves,
+where a query of the later half reaches a key of the earlier half through (sum from the middle to the query) + (sum
+from the key to the middle), one part put on q and one on k. Both are <= 0, so nothing can overflow and -inf needs
+no special case.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from foveate.kernels.scan.contract import ScanProblem
 
 # Numbers per tensor of the chunks that are computed together. Few enough that they stay in cache and that memory
 # beside inputs and outputs does not grow with N; enough that every matrix product is a large batch.
-TOGETHER = 1 << 18
+TOGETHER = 1 << 17
+
+# A log decay that leaves nothing, in float64 either; finite, so that sums of it have differences.
+NOTHING = -800.0
 
 
 def run(p: ScanProblem, chunk: int = 64) -> tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h dk dv"]]:
@@ -35,7 +40,8 @@ def run(p: ScanProblem, chunk: int = 64) -> tuple[Float[Tensor, "b h n dv"], Flo
     pieces = zip(*(x.split(sizes, dim=2) for x in (p.q, p.k, p.v)), steps, chunks, strict=True)
     for q, k, v, g, c in pieces:
         m = q.shape[2] // c
-        q, k, v = (x.unflatten(2, (m, c)) for x in (q, k, v))
+        # Copied once here where they are pieces of longer ones, not in every product.
+        q, k, v = (x.unflatten(2, (m, c)).contiguous() for x in (q, k, v))
         if p.decay is None:
             out, state = _plain(q, k, v, state, p.inclusive)
         else:
@@ -48,6 +54,17 @@ def run(p: ScanProblem, chunk: int = 64) -> tuple[Float[Tensor, "b h n dv"], Flo
             out, state = _decayed(q, k, v, decays, state, p.inclusive)
         outs.append(out.flatten(2, 3))
     return outs.join(), state
+
+
+def run_alone(p: ScanProblem) -> Float[Tensor, "b h n dv"]:
+    """Compute the outputs of a short sequence as one chunk, where nothing came before and nothing follows."""
+    scores = p.q @ p.k.mT
+    if p.decay is not None:
+        weights = _Decays(p.decay.unsqueeze(2).expand(-1, -1, -1, p.n, -1)).weights
+        scores = scores * weights.squeeze(2)  # type: ignore[union-attr]
+    if p.decay is None or not p.inclusive:
+        scores = scores.tril(0 if p.inclusive else -1)
+    return scores @ p.v
 
 
 def run_everywhere(p: ScanProblem) -> Float[Tensor, "b h n dv"]:
@@ -104,21 +121,27 @@ class _Decays:
     """What is needed of the log decays of m chunks of c tokens.
 
     Attributes:
-        g: (b, h, m, padded c, 1|dk) log decays; zeros behind the tokens up to a power of two.
-        weights: for one decay per token the table of weights (b, h, m, c, c); None for one per channel,
-            where the table would need an axis more and `_channel_scores` takes its place.
-        since, until: log decays from the chunk's start through each token, and from after it to the
-            chunk's end, (b, h, m, c, 1); None together with `weights`.
+        g: (b, h, m, c, 1|dk) log decays.
+        weights: for one decay per token the table of weights (b, h, m, c, c), zero above the diagonal; None for one
+            per channel, where the table would need an axis more and `_channel_scores` takes its place.
+        since, until: what is left of the state before the chunk at each token, and of each token's pair at the end
+            of the chunk, (b, h, m, c, 1); None together with `weights`.
+        factor: what the whole chunk leaves of a state, (b, h, m, 1, 1), or None.
     """
 
     def __init__(self, g: Float[Tensor, "b h m c dg"]):
+        self.g = g
+        self.weights = self.since = self.until = self.factor = None
+        if g.shape[-1] > 1:
+            return
         c = g.shape[3]
-        self.g = F.pad(g, (0, 0, 0, _power_of_two(c) - c))
-        self.weights = self.since = self.until = None
-        if g.shape[-1] == 1:
-            table, since, until = _double(self.g)
-            self.weights = table[..., :c, :c].exp()
-            self.since, self.until = since[..., :c, :], until[..., :c, :]
+        total = g.double().clamp(min=NOTHING).squeeze(-1).cumsum(-1)
+        above = torch.full((c, c), -torch.inf, dtype=g.dtype, device=g.device).triu(1)
+        self.weights = (total.unsqueeze(-1) - total.unsqueeze(-2)).to(g.dtype).add_(above).exp_()
+        last = total[..., -1:]
+        self.since = total.to(g.dtype).exp().unsqueeze(-1)
+        self.until = (last - total).to(g.dtype).exp().unsqueeze(-1)
+        self.factor = last.to(g.dtype).exp().unsqueeze(-1)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, state: Tensor, inclusive: bool) -> tuple[Tensor, Tensor]:
@@ -128,7 +151,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, state: Tensor, inclusive: bool) -> t
     seen = torch.ones(c, c, dtype=q.dtype, device=q.device).tril(0 if inclusive else -1)
     scores = (q @ k.mT) * seen
     before, state = _carry(None, k.mT @ v, state)
-    return scores @ v + q @ before, state
+    return _sum(q, before, scores, v), state
 
 
 def _decayed(
@@ -137,13 +160,22 @@ def _decayed(
     """Whole chunks with decay."""
     if decays.weights is not None and decays.since is not None and decays.until is not None:
         scores, since, until = (q @ k.mT) * decays.weights, decays.since, decays.until
+        factor = decays.factor
         if not inclusive:
             scores = scores.tril(-1)
     else:
         scores, since, until = _channel_scores(q, k, decays.g, inclusive)
-    factor = since[..., -1, :].exp().unsqueeze(-1)
-    before, state = _carry(factor, (k * until.exp()).mT @ v, state)
-    return scores @ v + (q * since.exp()) @ before, state
+        since, until = since.exp(), until.exp()
+        factor = since[..., -1, :].unsqueeze(-1)
+    before, state = _carry(factor, (k * until).mT @ v, state)
+    return _sum(q * since, before, scores, v), state
+
+
+def _sum(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """Return a @ b + c @ d, the second product added in place of the first."""
+    lead = a.shape[:3]
+    first = torch.bmm(a.flatten(0, 2), b.flatten(0, 2))
+    return torch.baddbmm(first, c.flatten(0, 2), d.flatten(0, 2)).unflatten(0, lead)
 
 
 def _carry(factor: Tensor | None, gain: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,38 +200,18 @@ def _carry(factor: Tensor | None, gain: Tensor, state: Tensor) -> tuple[Tensor, 
     return torch.stack(before, dim=2), state
 
 
-def _double(g: Float[Tensor, "*batch c 1"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the table L[i, j] = g_{j+1} + ... + g_i (-inf above the diagonal), and the sums along it.
-
-    Returns:
-        table (..., c, c); since (..., c, 1) = g_1 + ... + g_i; until (..., c, 1) = g_{j+1} + ... + g_c.
-        c must be a power of two.
-    """
-    since, until = g, torch.zeros_like(g)  # (..., blocks, tokens of a block), blocks of one at first
-    table = torch.zeros_like(g).unsqueeze(-1)
-    while since.shape[-2] > 1:
-        (early, late), (early_to_end, late_to_end) = _halves(since, -2), _halves(until, -2)
-        above, below = _halves(table, -3)
-        cross = late.unsqueeze(-1) + early_to_end.unsqueeze(-2)
-        nothing = torch.full_like(cross, -torch.inf)
-        table = torch.cat([torch.cat([above, nothing], -1), torch.cat([cross, below], -1)], -2)
-        since = torch.cat([early, early[..., -1:] + late], -1)
-        until = torch.cat([early_to_end + late[..., -1:], late_to_end], -1)
-    return table.squeeze(-3), since.mT, until.mT
-
-
 def _channel_scores(q: Tensor, k: Tensor, g: Tensor, inclusive: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scores A[i, j] = sum_d q[i, d] k[j, d] exp(g_{j+1, d} + ... + g_{i, d}) of every chunk.
 
     Args:
         q, k: (b, h, m, c, dk).
-        g: (b, h, m|1, padded c, dk), the padded length a power of two.
+        g: (b, h, m|1, c, dk).
 
     Returns:
         scores (b, h, m, c, c), zero above the diagonal, and the sums `since`, `until` (b, h, m|1, c, dk).
     """
-    c, padded = q.shape[3], g.shape[3]
-    q, k = (F.pad(x, (0, 0, 0, padded - c)) for x in (q, k))
+    c, padded = q.shape[3], _power_of_two(q.shape[3])
+    q, k, g = (F.pad(x, (0, 0, 0, padded - c)) for x in (q, k, g))
     own = (q * k).sum(-1) if inclusive else torch.zeros_like(q[..., 0])
     scores = own[..., None, None]  # (..., blocks, size, size), blocks of one token at first
     since, until = g.unsqueeze(-2), torch.zeros_like(g).unsqueeze(-2)
