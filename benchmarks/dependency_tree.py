@@ -156,7 +156,15 @@ def draw(model: Restorer, path: Path) -> None:
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.86, wspace=0.05)
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
+    shrink(path)
     print(f"wrote {path.name}: {', '.join(map(str, counts))} nodes per level")
+
+
+def shrink(path: Path) -> None:
+    """Keep 160 colours of a picture, for the size of the repository."""
+    from PIL import Image
+
+    Image.open(path).convert("RGB").quantize(160).save(path, optimize=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
