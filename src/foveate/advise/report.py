@@ -38,6 +38,8 @@ _COLUMNS = (
 )
 # In a network these say more about the rest of it; `shapes` has them.
 _HIDDEN_WITH_QUALITY = ("speedup_bound", "exactness_error", "flops")
+# Of `shapes` it stands beside the crossover.
+_HIDDEN_WITHOUT = ("state_bytes",)
 
 
 def _cell(row: Row, field: str, word) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def _cell(row: Row, field: str, word) -> dict[str, Any]:
 def _table(rows: list[Row], best: str | None) -> dict[str, Any]:
     """Columns that hold something, and the cells of every row."""
     learns = any(r.get("quality") is not None for r in rows)
-    hidden = _HIDDEN_WITH_QUALITY if learns else ()
+    hidden = _HIDDEN_WITH_QUALITY if learns else _HIDDEN_WITHOUT
     columns = [c for c in _COLUMNS if c[1] not in hidden and any(r.get(c[1]) is not None for r in rows)]
     ordered = sorted(rows, key=lambda r: (r["mechanism"] != best, *order(r)))
     body = [
@@ -104,7 +106,7 @@ def _figures(
             "Quality against what decoding keeps",
             "Bytes of all layers after the whole length, for one sample: keys and values grow with the length, the "
             "state of a scan stays as it is, and a small one can hold only so much. Up and to the left is better; "
-            "the line joins mechanisms that nothing beats in both."
+            "the line joins mechanisms that nothing beats in both; hollow marks are not resolved in this budget."
             + (f" Without decoding of their own: {without}." if without else ""),
             plots.pareto(kept, info=info, best=best, against="state"),
             wide=True,
