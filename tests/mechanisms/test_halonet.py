@@ -7,6 +7,7 @@ from foveate.core.errors import ArgumentError
 from foveate.core.grid import Grid
 from foveate.cost.explain import explain
 from foveate.kernels.attend import attend
+from foveate.kernels.cpu.library import absent
 from foveate.mechanisms.local.halonet import VARIANTS, HaloAttention
 from foveate.mechanisms.projections import merge_heads, split_heads
 from foveate.patterns.grids import Halo, Windows
@@ -146,6 +147,22 @@ def test_phantoms_have_no_bias_of_the_projection():
     out = module(x, grid)
     assert (out < 5).all()
     assert (out > 0).all()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_every_backend_gives_the_same(stride):
+    grid = Grid(9, 14)
+    module = layer(stride=stride, halo=2).float()
+    x = tokens(grid).float()
+    found = []
+    for name in ("reference", "tiles", *(() if absent() else ("cpu",))):
+        module.backend = name
+        module.zero_grad()
+        out = module(x, grid)
+        out.square().sum().backward()
+        found.append([out, *(p.grad.clone() for p in module.parameters())])
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-5, atol=1e-4)
 
 
 def test_cost_is_linear_in_tokens():

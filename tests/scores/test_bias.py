@@ -67,6 +67,18 @@ def test_gathered_at_a_key_coordinate(per_head):
     assert torch.equal(score.values(Pairs.full(4, 6)), u[..., [0, 1, 2, 0, 1, 2]])
 
 
+@pytest.mark.parametrize("side", ["query", "key"])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_clipped_indices_read_the_first_and_last_entry(side, per_head):
+    grid, n = Grid(2, 3), 6
+    u = torch.randn(B, H, n, 3, dtype=torch.float64)
+    score = Gathered(u, lambda q, k: k[1] - q[1] + 1, side=side, grid=grid, clip=True)
+    want, got = dense_and_cells(score, n, n, per_head=per_head)
+    assert torch.equal(want, got)
+    inside = Gathered(u, lambda q, k: (k[1] - q[1] + 1).clamp(0, 2), side=side, grid=grid)
+    assert torch.equal(score.values(Pairs.full(n, n)), inside.values(Pairs.full(n, n)))
+
+
 def test_gathered_reproduces_decomposed_relative_positions():
     grid, q = Grid(3, 4), torch.randn(1, 2, 12, 5)
     ty, tx = torch.randn(5, 5), torch.randn(7, 5)
@@ -111,6 +123,8 @@ def test_bad_shapes_are_named():
         attend(q, q, q, score=KeyBias(torch.ones(5)))
     with pytest.raises(ArgumentError, match=r"score: Gathered.U.*N_q = 4"):
         attend(q, q, q, score=Gathered(torch.ones(1, 1, 3, 2), lambda q, k: k[0]))
+    with pytest.raises(ArgumentError, match=r"score: Gathered.U.*R >= 1"):
+        attend(q, q, q, score=Gathered(torch.ones(1, 1, 4, 0), lambda q, k: k[0], clip=True))
     with pytest.raises(ArgumentError, match=r"Gathered.side"):
         Gathered(torch.ones(1, 1, 3, 2), lambda q, k: k[0], side="both")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"^score: .*meta"):

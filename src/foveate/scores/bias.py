@@ -75,10 +75,13 @@ class Gathered(Additive):
         U: `(B or 1, H or 1, N_q, R)`, with gradient; with side="key" `(B or 1, H or 1, N_k, R)`.
         f: gets the coordinates of queries and of keys, each a tuple with one integer tensor per axis
             (query tensors end in (t_q, 1), key tensors in (1, t_k)), and returns indices 0 <= i < R that
-            broadcast to (t_q, t_k). Indices at pairs that may not attend must be in range too, clamp them.
+            broadcast to (t_q, t_k), at pairs that may not attend too (see `clip`).
         side: whose row is read.
         grid: geometry of the tokens, None = positions on one axis.
-        query_grid: another grid for the queries; coordinates of both start at 0.
+        query_grid: another grid for the queries; coordinates of both start at 0, and phantom keys have theirs
+            outside of the grid.
+        clip: indices below 0 read entry 0, those from R on read entry R - 1. So f need not care about pairs
+            that no query may attend, and stays a linear form of the coordinates, which fast backends ask for.
     """
 
     U: Tensor
@@ -86,6 +89,7 @@ class Gathered(Additive):
     side: Literal["query", "key"] = "query"
     grid: Grid | None = None
     query_grid: Grid | None = None
+    clip: bool = False
 
     def __post_init__(self):
         if self.side not in ("query", "key"):
@@ -97,8 +101,8 @@ class Gathered(Additive):
         """Raise unless U has one row per query (or key) and `query_grid` has N_q tokens."""
         need_float(self, "U", self.U)
         n, name = (extent.n_q, "N_q") if self.side == "query" else (extent.n_k, "N_k")
-        if self.U.ndim != 4 or self.U.shape[2] != n:
-            raise bad("Gathered.U", tuple(self.U.shape), f"(B or 1, H or 1, {name} = {n}, R)")
+        if self.U.ndim != 4 or self.U.shape[2] != n or not self.U.shape[3]:
+            raise bad("Gathered.U", tuple(self.U.shape), f"(B or 1, H or 1, {name} = {n}, R) with R >= 1")
         check_fits(self, "U", self.U.shape[:3], (extent.batch, extent.heads, n), f"(B, H, {name})")
         if self.query_grid is not None:
             self.query_grid.check_tokens(extent.n_q, "N_q")
@@ -106,6 +110,8 @@ class Gathered(Additive):
     def values(self, at: Pairs) -> Float[Tensor, "b h *cells tq tk"]:
         """Return the looked-up biases."""
         index = self.f(at.query_coords(self.query_grid or self.grid), at.key_coords(self.grid))
+        if self.clip:
+            index = index.clamp(0, self.U.shape[3] - 1)
         u, ids = self.U, at.q
         tq, tk = at.q.shape[-1], at.k.shape[-1]
         if self.side == "key":

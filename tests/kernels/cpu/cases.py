@@ -221,6 +221,14 @@ def wheres(draw, b, h):
 
 
 @st.composite
+def forms(draw, axes):
+    """Return an index function that is a linear form, mostly of an offset along one axis."""
+    axis, step, start = draw(st.integers(0, axes - 1)), pick(draw, 1, 1, 2, -1), draw(st.integers(-3, 9))
+    slope, other = pick(draw, -step, -step, 0, -3), pick(draw, 0, 0, 1)
+    return lambda q, k: step * k[axis] + slope * q[axis] + other * (k[-1] - q[-1]) + start
+
+
+@st.composite
 def scores(draw, b, h, n_q, n_k, grid, g):
     """Return scores the core knows, in its order, and the tensors that have a gradient."""
     found, kinds = [], ["row", "key", "bias", "alibi", "gathered"]
@@ -245,6 +253,10 @@ def scores(draw, b, h, n_q, n_k, grid, g):
         elif kind == "gathered":
             side = pick(draw, "query", "key")
             n = n_q if side == "query" else n_k
+            if grid is not None:
+                rows = made(pick(draw, 1, b), h, n, draw(st.integers(1, 12)))
+                found.append(Gathered(rows, draw(forms(grid.ndim)), side=side, grid=grid, clip=True))
+                continue
             rows = made(pick(draw, 1, b), h, n, n_q + n_k)
             found.append(Gathered(rows, lambda q, k: k[0] - q[0] + n_q - 1, side=side))
         elif kind == "decay":
@@ -273,8 +285,7 @@ def cases(draw):
     qkv = tensors(
         n_q, n_k=n_k, b=b, h=h, hkv=groups, d=sizes[0], d_v=sizes[1], dtype=dtype, seed=g.initial_seed()
     )
-    phantoms = getattr(where, "has_phantoms", False)
-    score, extra = draw(scores(b, h, n_q, n_k, grid, g)) if not phantoms else ([], [])
+    score, extra = draw(scores(b, h, n_q, n_k, grid, g))
     options = {"where": where, "score": score}
     capped = any(isinstance(part, SoftCap) for part in score)
     if not capped and len(score) < 4 and draw(st.booleans()):

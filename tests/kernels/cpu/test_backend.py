@@ -19,6 +19,7 @@ from foveate.patterns.schedule import Schedule
 from foveate.patterns.segments import Segments
 from foveate.patterns.selection import Selection
 from foveate.patterns.specials import with_specials
+from foveate.patterns.subsample import Subsampled
 from foveate.scores.after import Dropout
 from foveate.scores.bias import Bias, Gathered, KeyBias
 from foveate.scores.distance import ALiBi
@@ -274,6 +275,24 @@ def test_refusals_name_the_reason(reason):
     x = torch.randn(1, 2, 20, options.pop("d", 8), dtype=options.pop("dtype", torch.float32))
     with pytest.raises(UnsupportedError, match=f"(?i){reason}"):
         attend(x, x, x, backend="cpu", **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("rows", [5, 15])
+def test_rows_of_queries_with_phantom_keys(rows, stride, dtype):
+    grid = Grid(9, 11)
+    where = Halo(grid, 4, 2, border="zero")
+    where = where if stride == 1 else Subsampled(where, stride)
+    n = where.lengths(None, None)[0]
+    asks = grid if stride == 1 else where.query_grid
+    g = torch.Generator().manual_seed(5)
+    extra = [torch.randn(2, 4, n, rows, generator=g).requires_grad_() for _ in range(2)]
+    score = [
+        Gathered(u, lambda q, k, a=a: k[a] - stride * q[a] + rows // 2, grid=grid, query_grid=asks, clip=True)
+        for a, u in enumerate(extra)
+    ]
+    check(Case(tensors(n, n_k=99, dtype=dtype), dtype, {"where": where, "score": score}, extra))
 
 
 DENSE = {

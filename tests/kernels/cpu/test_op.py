@@ -175,6 +175,10 @@ COMPILED = {
         "score": Gathered(torch.randn(1, 2, 72, 15), lambda q, k: k[0] - q[0] + 7, grid=GRID),
     },
     "phantoms": {"where": Halo((8, 9), 4, 1, border="zero")},
+    "clipped": {
+        "where": Halo((8, 9), 4, 1, border="zero"),
+        "score": Gathered(torch.randn(1, 2, 72, 6), lambda q, k: k[1] - q[1] + 3, grid=GRID, clip=True),
+    },
 }  # fmt: skip
 
 

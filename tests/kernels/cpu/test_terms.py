@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 
 from foveate.core.grid import Grid
 from foveate.kernels.cpu import terms
-from foveate.kernels.cpu.linear import linear_form
+from foveate.kernels.cpu.linear import Linear, linear_form
 from foveate.kernels.cpu.tiling import lowered, reach
 from foveate.kernels.problem import Problem
 from foveate.patterns.basic import Causal, Full, SlidingWindow
 from foveate.patterns.grids import Halo, Neighborhood
 from foveate.patterns.specials import with_specials
+from foveate.patterns.subsample import Subsampled
 from foveate.scores.banks import on_keys
 from foveate.scores.bias import Bias, Gathered, KeyBias
 from foveate.scores.distance import ALiBi, DistanceDecay
@@ -38,9 +39,13 @@ def bias_of(p, term):
 def agrees(where, n, n_k=None, **options):
     """Compare all terms, at the pairs the pattern lets through, with what the scores add to logits of 0."""
     p = problem(where, n, n_k, **options)
-    known = reach(lowered(p.where, p.n_q, p.n_k, None))
-    assert terms.refuse(p, lambda: known) is None
-    read = terms.read(p, lambda: known)
+    cells = lowered(p.where, p.n_q, p.n_k, None)
+
+    def known(slopes=None):
+        return reach(cells, slopes)
+
+    assert terms.refuse(p, known) is None
+    read = terms.read(p, known)
     total = sum(bias_of(p, term) for term in read.terms)
     want = torch.zeros(2, 3, p.n_q, p.n_k)
     for part in p.score:
@@ -152,6 +157,56 @@ def test_gathered(name, side):
     agrees(Neighborhood(G, 3), N, score=Gathered(torch.randn(1, 3, N, rows), fit, side=side, grid=G))
 
 
+CLIPPED = {
+    "row offset": lambda q, k: k[0] - q[0] + 4,
+    "reversed": lambda q, k: 4 - k[1] + q[1],
+    "both": lambda q, k: 2 * (k[0] - q[0]) - (k[1] - q[1]) + 6,
+    "every second query": lambda q, k: k[1] - 2 * q[1] + 4,
+    "slope that is no integer": lambda q, k: 2 * k[0] - 3 * q[0] + 7,
+    "key coordinate": lambda q, k: k[0] + 2,
+    "query coordinate": lambda q, k: 2 * q[0] - 3 + 0 * k[0],
+}
+# Keys of windows of 3 and a halo of 2 stand -4..4 away from their queries.
+HALO = Halo(G, 3, 2, border="zero")
+
+
+@pytest.mark.parametrize("name", CLIPPED)
+@pytest.mark.parametrize("side", ["query", "key"])
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_gathered_clipped_with_phantom_keys(stride, rows, side, name):
+    where = HALO if stride == 1 else Subsampled(HALO, stride)
+    asks = G if stride == 1 else where.query_grid
+    u = torch.randn(2, 3, asks.numel if side == "query" else N, rows)
+    score = Gathered(u, CLIPPED[name], side=side, grid=G, query_grid=asks, clip=True)
+    agrees(where, asks.numel, N, score=score)
+
+
+def test_tables_are_read_as_they_are_where_no_pair_of_the_pattern_leaves_them():
+    grid = Grid(30, 40)
+    for stride in (1, 2):
+        where = Halo(grid, 4, 2, border="zero")
+        where = where if stride == 1 else Subsampled(where, stride)
+        asks = Grid(30 // stride, 40 // stride)
+        # The farthest a key stands: 5 tokens before or after.
+        for axis in range(2):
+            u = torch.randn(1, 1, asks.numel, 11)
+            f = lambda q, k, axis=axis, s=stride: k[axis] - s * q[axis] + 5  # noqa: E731
+            read = agrees(
+                where, asks.numel, 1200, score=Gathered(u, f, grid=grid, query_grid=asks, clip=True)
+            )
+            assert torch.equal(read.terms[0].table, u.flatten(2))
+            small = Gathered(u[..., 1:], f, grid=grid, query_grid=asks, clip=True)
+            read = agrees(where, asks.numel, 1200, score=small)
+            assert read.terms[0].table.shape[2] == asks.numel * (11 if stride == 1 else 10)
+
+
+def test_without_clip_pairs_that_may_not_attend_count():
+    score = Gathered(torch.randn(1, 3, N, 5), lambda q, k: k[0] - q[0] + 2, grid=G)
+    p = problem(Neighborhood(G, 3), N, score=score)
+    assert "-4..8 of 5 entries; clip=True" in terms.refuse(p, lambda *_: None)
+
+
 NOT_LINEAR = {
     "product": lambda q, k: q[0] * k[0],
     "clamp": lambda q, k: (k[0] - q[0]).clamp(0, 3),
@@ -195,6 +250,30 @@ def test_linear_forms(q, k, constant):
         for d in range(2)
     ]
     assert form.range(*sizes) == (min(values), max(values))
+
+
+@given(
+    q=st.tuples(st.integers(-4, 4), st.integers(-4, 4)),
+    k=st.tuples(st.integers(-4, 4), st.integers(-4, 4)),
+    ends=st.tuples(*(st.tuples(st.integers(-6, 6), st.integers(0, 5)) for _ in range(2))),
+)
+def test_range_within_offsets(q, k, ends):
+    form, sizes = Linear(q, k, 3), ((3, 4), (5, 2))
+    ends = [(low, low + more) for low, more in ends]
+    total, some, exact = [3], True, True
+    for a, b, s, n_q, n_k, (low, high) in zip(q, k, form.slopes(), *sizes, ends, strict=True):
+        pairs = [(i, j) for i in range(n_q) for j in range(n_k) if low <= j - s * i <= high]
+        some &= bool(pairs)
+        # The bound is met where the form is an offset and every offset occurs.
+        exact &= a + s * b == 0 and {low, high} <= {j - s * i for i, j in pairs}
+        total = [t + a * i + b * j for t in total for i, j in pairs]
+    low, high = form.range_within(*sizes, ends)
+    if some:
+        assert low <= min(total) <= max(total) <= high
+        assert not exact or (low, high) == (min(total), max(total))
+    full = form.range(*sizes)
+    assert full[0] <= low or not some
+    assert high <= full[1] or not some
 
 
 def test_tables_too_large_are_refused():

@@ -70,7 +70,7 @@ def refuse(problem: Problem) -> str | None:
     reason = None if problem.one_rule else slots.refuse(problem)
     if reason is not None:
         return reason
-    return terms.refuse(problem, lambda: _reach(problem, None))
+    return terms.refuse(problem, lambda slopes=None: _reach(problem, None, slopes))
 
 
 def _plain(problem: Problem) -> bool:
@@ -130,7 +130,7 @@ def note_absence() -> None:
 
 def run(problem: Problem, plan: Any) -> tuple[Float[Tensor, "b h nq dv"], Float[Tensor, "b h nq"] | None]:
     """Return the output in the dtype of q, and the natural-log lse in float32 (or None)."""
-    read = terms.read(problem, lambda: _reach(problem, plan.tile))
+    read = terms.read(problem, lambda slopes=None: _reach(problem, plan.tile, slopes))
     if 0 in (*problem.q.shape, *problem.k.shape):
         return _nothing(problem, read)
     if problem.one_rule:
@@ -176,10 +176,10 @@ def _cells(problem: Problem, plan: Any, with_keys: bool) -> Packed:
     return packed(schedule.to("cpu"), with_keys)
 
 
-def _reach(problem: Problem, tile: tuple[int, ...] | None) -> tuple | None:
+def _reach(problem: Problem, tile: tuple[int, ...] | None, slopes: tuple[int, ...] | None) -> tuple | None:
     if problem.schedule is not None:
-        return reach(problem.schedule)
-    return static_reach(_where(problem), fixed(problem.n_q), fixed(problem.n_k), tile)
+        return reach(problem.schedule, slopes)
+    return static_reach(_where(problem), fixed(problem.n_q), fixed(problem.n_k), tile, slopes)
 
 
 def _nothing(problem: Problem, read: terms.Terms) -> tuple[Tensor, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from foveate.core.errors import FoveateError
@@ -74,6 +74,30 @@ class Linear:
         for weight, size in (*zip(self.q, q_sizes, strict=True), *zip(self.k, k_sizes, strict=True)):
             low += min(weight * (size - 1), 0)
             high += max(weight * (size - 1), 0)
+        return low, high
+
+    def shifted_keys(self, low: tuple[int, ...]) -> Linear:
+        """Return the form for key coordinates that are greater by `low`."""
+        return Linear(self.q, self.k, self.constant - sum(a * b for a, b in zip(self.k, low, strict=True)))
+
+    def slopes(self) -> tuple[int, ...]:
+        """Return the s of every axis for which the form counts k - s q there, rounded down."""
+        return tuple(-q // k if k else 0 for q, k in zip(self.q, self.k, strict=True))
+
+    def range_within(
+        self, q_sizes: tuple[int, ...], k_sizes: tuple[int, ...], offsets: Sequence[tuple[int, int]]
+    ) -> tuple[int, int]:
+        """Return the same over the pairs whose k - s q (s of `slopes`) lies in `offsets` (both ends included)."""
+        low = high = self.constant
+        for q, k, s, n_q, n_k, ends in zip(
+            self.q, self.k, self.slopes(), q_sizes, k_sizes, offsets, strict=True
+        ):
+            # q q_i + k k_i = k (k_i - s q_i) + (q + s k) q_i, and the bracket is 0 wherever s is exact.
+            rest = (q + s * k) * (n_q - 1)
+            near = sorted(k * end for end in ends)
+            box = Linear((q,), (k,)).range((n_q,), (n_k,))
+            low += max(near[0] + min(rest, 0), box[0])
+            high += min(near[1] + max(rest, 0), box[1])
         return low, high
 
 

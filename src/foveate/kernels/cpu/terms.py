@@ -59,7 +59,8 @@ class Terms(NamedTuple):
     sigmoid_bias: float
 
 
-Reach = Callable[[], "tuple | None"]
+# `static_reach` of the cells of a call, as a function of the slopes.
+Reach = Callable[..., "tuple | None"]
 
 
 def refuse(problem: Problem, reach: Reach) -> str | None:
@@ -67,7 +68,7 @@ def refuse(problem: Problem, reach: Reach) -> str | None:
 
     Args:
         problem: the call.
-        reach: gives `static_reach` of its cells; asked only when an offset table needs it.
+        reach: gives `static_reach` of its cells; asked only when a table over offsets needs it.
     """
     if problem.after:
         return f"{type(problem.after[0]).__name__} changes the weights, which the core never stores"
@@ -122,7 +123,7 @@ def _refuse_bias(part: Score, problem: Problem, reach: Reach) -> str | None:
     if kind is RelativeLogits:
         return _refuse_skewed(part, problem, reach)  # type: ignore[arg-type]
     if kind is Gathered:
-        found = _gathered(part, problem)  # type: ignore[arg-type]
+        found = _gathered(part, problem, reach)  # type: ignore[arg-type]
         return found if isinstance(found, str) else None
     if isinstance(part, AddedOnKeys) and problem.frame is None:
         return _refuse_bias(part.score, _range_of(part, problem), _unknown_reach)
@@ -165,7 +166,7 @@ def _term(part: Score, problem: Problem, reach: Reach) -> Term:
     if isinstance(part, Bias):
         return _map_term(lift(part.bias, 4), problem)
     if isinstance(part, Gathered):
-        return _gathered_term(part, problem)
+        return _gathered_term(part, problem, reach)
     if isinstance(part, RelativeLogits):
         return _skewed_term(part, problem, reach)
     if isinstance(part, AddedOnKeys):
@@ -182,7 +183,7 @@ def _range_of(part: AddedOnKeys, problem: Problem) -> Problem:
     return replace(problem, k=problem.k[:, :, keys], v=problem.v[:, :, keys])
 
 
-def _unknown_reach() -> None:
+def _unknown_reach(slopes: tuple[int, ...] | None = None) -> None:
     return None
 
 
@@ -230,13 +231,22 @@ def _map_codes(n_q: int, n_k: int, pitch_q: int, pitch_k: int) -> tuple[Tensor, 
 # ---- rows of queries or keys ------------------------------------------------------------------------------------
 
 
-def _gathered(part: Gathered, problem: Problem) -> tuple[Linear, tuple[int, ...], tuple[int, ...]] | str:
-    """Return the proved form of `f` with the grids it counts on, or why it cannot be used."""
-    if problem.frame is not None:
-        return "Gathered with phantom keys is not known to the core"
-    query_grid = part.query_grid or part.grid
-    q_sizes = (problem.n_q,) if query_grid is None else query_grid.sizes
-    k_sizes = (problem.n_k,) if part.grid is None else part.grid.sizes
+class _Rows(NamedTuple):
+    """How a Gathered is read: entry `form - first` of `count` entries of a row, those U lacks clipped."""
+
+    form: Linear
+    q_sizes: tuple[int, ...]
+    k_sizes: tuple[int, ...]
+    first: int
+    count: int
+
+
+def _gathered(part: Gathered, problem: Problem, reach: Reach) -> _Rows | str:
+    """Return the proved form of `f`, in coordinates from 0 on, with what it reads, or why it cannot be used."""
+    frame = _frame(part, problem)
+    if isinstance(frame, str):
+        return frame
+    q_sizes, k_sizes = frame.q_sizes, frame.k_sizes
     if len(q_sizes) != len(k_sizes):
         return "Gathered counts queries and keys on grids of different numbers of axes"
     if math.prod(q_sizes) != problem.n_q or math.prod(k_sizes) != problem.n_k:
@@ -244,23 +254,44 @@ def _gathered(part: Gathered, problem: Problem) -> tuple[Linear, tuple[int, ...]
     form = linear_form(part.f, len(q_sizes))
     if form is None:
         return "the index function of Gathered is not a linear form of the coordinates"
-    low, high = form.range(q_sizes, k_sizes)
-    rows = part.U.shape[3]
-    if low < 0 or high >= rows:
-        return f"the index function of Gathered leaves the table: {low}..{high} of {rows} entries"
-    if part.U.shape[2] * rows > MAX_TABLE:
-        return f"Gathered.U has more than {MAX_TABLE} entries per batch and head"
-    return form, q_sizes, k_sizes
+    form = form.shifted_keys(frame.low)
+    n, rows = part.U.shape[2:]
+    if part.side == "key":
+        n = problem.n_k
+    first, count = 0, rows
+    if part.clip:
+        known = reach(form.slopes())
+        if known is not None and known[:3] == (q_sizes, k_sizes, 0):
+            low, high = form.range_within(q_sizes, k_sizes, known[3])
+        else:
+            low, high = form.range(q_sizes, k_sizes)
+        if low < 0 or high >= rows:
+            first, count = low, max(high - low + 1, 1)
+    else:
+        low, high = form.range(q_sizes, k_sizes)
+        if low < 0 or high >= rows:
+            return (
+                f"the index function of Gathered leaves the table at some pairs: {low}..{high} of {rows} entries; "
+                "clip=True gives those the nearest entry"
+            )
+    if n * count > MAX_TABLE:
+        return f"Gathered needs more than {MAX_TABLE} entries per batch and head"
+    return _Rows(form, q_sizes, k_sizes, first, count)
 
 
-def _gathered_term(part: Gathered, problem: Problem) -> Term:
-    found = _gathered(part, problem)
+def _gathered_term(part: Gathered, problem: Problem, reach: Reach) -> Term:
+    found = _gathered(part, problem, reach)
     assert not isinstance(found, str)
-    form, q_sizes, k_sizes = found
-    rows = part.U.shape[3]
-    own = (rows, 0) if part.side == "query" else (0, rows)
+    form, q_sizes, k_sizes, first, count = found
+    u, rows = part.U.float(), part.U.shape[3]
+    if (first, count) != (0, rows):
+        entries = torch.arange(first, first + count, device=u.device).clamp(0, rows - 1)
+        u = u.index_select(3, entries)
+    if part.side == "key" and problem.frame is not None:
+        u = problem.frame.pad(u, dim=2)
+    own = (count, 0) if part.side == "query" else (0, count)
     q_code, k_code = _linear_codes(q_sizes, k_sizes, form.q, form.k, *own)
-    return Term(part.U.float().flatten(2).contiguous(), q_code, k_code, form.constant)
+    return Term(u.flatten(2).contiguous(), q_code, k_code, form.constant - first)
 
 
 @constant

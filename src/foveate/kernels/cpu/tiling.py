@@ -149,25 +149,30 @@ def static_cost(where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None, wi
 
 @constant
 def static_reach(
-    where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None
+    where: Any, n_q: int, n_k: int, tile: tuple[int, ...] | None, slopes: tuple[int, ...] | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...], int, tuple[tuple[int, int], ...]] | None:
     """Return (query grid, key grid, specials, (lowest, highest) key - query offset per axis) of a pattern.
 
     None for patterns without a closed form, and where other keys than special tokens stand before the grid.
+    With `slopes` s, one per axis, offsets are key - s query; None too for another number of axes.
     """
     schedule = lowered(where, n_q, n_k, tile)
-    return schedule.memo("cpu reach", lambda: reach(schedule))
+    return schedule.memo(("cpu reach", slopes), lambda: reach(schedule, slopes))
 
 
-def reach(schedule: Schedule) -> tuple | None:
+def reach(schedule: Schedule, slopes: tuple[int, ...] | None = None) -> tuple | None:
     """Return `static_reach` of a schedule."""
     product = schedule.product
     if product is None or product.lead[0] != product.lead[1]:
         return None
+    rules = product.rules()
+    slopes = (1,) * len(rules) if slopes is None else slopes
+    if len(slopes) != len(rules):
+        return None
     found = []
-    for rule in product.rules():
+    for rule, slope in zip(rules, slopes, strict=True):
         some = rule.count > 0
-        first = (rule.start - torch.arange(rule.n_q))[some]
+        first = (rule.start - slope * torch.arange(rule.n_q))[some]
         last = first + rule.step * (rule.count[some] - 1)
         found.append((int(first.min()), int(last.max())) if first.numel() else (0, 0))
     return product.q_sizes, product.k_sizes, product.lead[0], tuple(found)

@@ -159,22 +159,21 @@ class HaloAttention(nn.Module):
         scale = self.head_dim**-0.5 if self.scale_position else 1.0
         asks = Grid(*(-(-size // self.query_stride) for size in grid))
         return tuple(
-            Gathered(q @ (table * scale).T, self._index(axis), grid=grid, query_grid=asks)
+            Gathered(q @ (table * scale).T, self._index(axis), grid=grid, query_grid=asks, clip=True)
             for axis, table in enumerate(self.rel)
         )
 
     def _index(self, axis: int) -> Callable[[Coords, Coords], Tensor]:
-        """Return which row of an axis's embeddings a pair reads."""
+        """Return which row of an axis's embeddings a pair of one window reads."""
         s, block, halo = self.query_stride, self.block[axis], self.halo[axis]
-        window = block + 2 * halo
-        middle = halo + window - 1
+        middle = halo + block + 2 * halo - 1
 
         def offset(q: Coords, k: Coords) -> Tensor:
-            return (k[axis] - s * q[axis] + middle).clamp(0, 2 * window - 2)
+            return k[axis] - s * q[axis] + middle
 
         def side_by_side(q: Coords, k: Coords) -> Tensor:
             first, own = q[axis] * s // block * block, q[axis] % (block // s)
-            return (k[axis] - first - own + middle).clamp(0, 2 * window - 2)
+            return k[axis] - first - own + middle
 
         return side_by_side if self.official and s > 1 else offset
 
