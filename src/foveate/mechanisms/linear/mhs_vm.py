@@ -94,7 +94,9 @@ class MultiHeadScan(nn.Module):
         for name in routes:
             family(name, Grid(1, 1))
         heads = len(routes)
-        if not heads or dim < heads or (not project and dim % heads):
+        if not heads:
+            raise bad("routes", routes, f"at least one family out of {FAMILIES}")
+        if dim < heads or (not project and dim % heads):
             raise bad("dim", dim, f"a multiple of the {heads} routes {routes}")
         self.dim, self.routes, self.heads, self.threshold = dim, routes, heads, threshold
         width = dim // heads
