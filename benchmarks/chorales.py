@@ -287,9 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
         + (f"; {options.repeats} seeds: {min(found):.4f} to {max(found):.4f}" if options.repeats > 1 else "")
     )
     better = max(found) < min(counted.values())
-    print(
-        f"{'better' if better else 'NOT better'} than every n-gram; training took {statistics.median(seconds):.0f} s of processor time"
-    )
+    verdict = "better" if better else "NOT better"
+    print(f"{verdict} than every n-gram; training took {statistics.median(seconds):.0f} s of processor time")
     with tempfile.TemporaryDirectory() as folder:
         path = options.midi or Path(folder) / "chorale.mid"
         piece = composed(model, options.context // len(VOICES), 0)
