@@ -48,6 +48,18 @@ def overview(page: str = "") -> str:
     return table(["key", "paper", "family", "cost", "fidelity", "causal"], rows)
 
 
+def families(page: str) -> str:
+    """Return one row per family, with the keys of its systems: what fits on a first page."""
+    members: dict[str, list[Facts]] = {}
+    for facts in systems():
+        members.setdefault(facts.family, []).append(facts)
+    rows = [
+        [family, str(len(found)), ", ".join(f"[`{f.key}`]({page}#{f.key})" for f in found)]
+        for family, found in sorted(members.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
+    return table(["family", "", "systems"], rows)
+
+
 def _prose(line: str) -> str:
     """Escape what Markdown would take for markup, outside of code."""
     parts = re.split(r"(`[^`]*`)", line)

@@ -25,7 +25,7 @@ Files = dict[Path, str]
 def readme() -> Files:
     """Return the README with its generated region."""
     path = ROOT / "README.md"
-    table = catalogue.overview("docs/catalogue.md")
+    table = catalogue.families("docs/catalogue.md")
     return {path: with_region(path.read_text(encoding="utf-8"), "catalogue", table)}
 
 

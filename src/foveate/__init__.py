@@ -22,11 +22,15 @@ from foveate.cost.explain import Explanation as Explanation
 from foveate.cost.explain import explain as explain
 from foveate.kernels.attend import apply as apply
 from foveate.kernels.attend import attend as attend
+from foveate.kernels.banks import Bank as Bank
+from foveate.kernels.banks import attend_banks as attend_banks
 from foveate.kernels.merge import merge as merge
 from foveate.kernels.sample.api import sample as sample
 from foveate.kernels.scan.api import normalized_scan as normalized_scan
 from foveate.kernels.scan.api import scan as scan
 from foveate.kernels.scan.api import scan_step as scan_step
+from foveate.kernels.scan.selective import selective_scan as selective_scan
+from foveate.patterns.banks import Beside as Beside
 from foveate.patterns.basic import BlockList as BlockList
 from foveate.patterns.basic import Causal as Causal
 from foveate.patterns.basic import Explicit as Explicit
@@ -39,18 +43,22 @@ from foveate.patterns.grids import Neighborhood as Neighborhood
 from foveate.patterns.grids import Windows as Windows
 from foveate.patterns.lower import lower as lower
 from foveate.patterns.pattern import Pattern as Pattern
+from foveate.patterns.power import PowerBlocks as PowerBlocks
 from foveate.patterns.schedule import Mean as Mean
 from foveate.patterns.schedule import Schedule as Schedule
 from foveate.patterns.schedule import Weights as Weights
 from foveate.patterns.segments import Segments as Segments
 from foveate.patterns.selection import Selection as Selection
 from foveate.patterns.specials import with_specials as with_specials
+from foveate.patterns.strided import Strided as Strided
 from foveate.scores.after import Add as Add
 from foveate.scores.after import Dropout as Dropout
 from foveate.scores.after import Multiply as Multiply
 from foveate.scores.bias import Bias as Bias
 from foveate.scores.bias import Gathered as Gathered
 from foveate.scores.bias import KeyBias as KeyBias
+from foveate.scores.buckets import BucketTable as BucketTable
+from foveate.scores.buckets import T5Buckets as T5Buckets
 from foveate.scores.distance import ALiBi as ALiBi
 from foveate.scores.distance import DistanceDecay as DistanceDecay
 from foveate.scores.relative import RelativeTable as RelativeTable
@@ -59,6 +67,7 @@ from foveate.scores.rules import Exp as Exp
 from foveate.scores.rules import ReLU as ReLU
 from foveate.scores.rules import Sigmoid as Sigmoid
 from foveate.scores.rules import Softmax as Softmax
+from foveate.scores.skew import RelativeLogits as RelativeLogits
 from foveate.scores.temperature import RowFactor as RowFactor
 from foveate.scores.temperature import SoftCap as SoftCap
 
