@@ -61,6 +61,10 @@ def test_keys_may_be_another_sequence():
     out = module.read(tokens(5), tokens(9), tokens(9))
     assert out.shape == (2, 5, 16)
     assert module.weights(tokens(5), tokens(9)).shape == (2, 2, 5, 9)
+    with pytest.raises(ArgumentError, match=r"^value"):
+        module.read(tokens(5), tokens(9), tokens(8))
+    with pytest.raises(ArgumentError, match=r"^query"):
+        module.read(tokens(5)[..., :8], tokens(9), tokens(9))
     with pytest.raises(ArgumentError, match=r"^key"):
         layer(hops=2).read(tokens(5), tokens(9), tokens(9))
 
@@ -155,7 +159,7 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(module(x, Grid(11)), module(x, Grid(11)))
 
 
-def test_the_principal_eigenvector_is_found_and_the_linear_form_is_near_it():
+def test_the_principal_eigenvector_is_found():
     module, x = layer(variant="linear"), tokens(64)
     q, k = (split_heads(part(x), 2) for part in (module.q_proj, module.k_proj))
     affinity = (q @ k.mT / 8).relu()

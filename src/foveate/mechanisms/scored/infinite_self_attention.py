@@ -156,8 +156,14 @@ class InfiniteSelfAttention(nn.Module):
         """Let the tokens of `query` read `value` at the keys of `key`.
 
         Raises:
-            ArgumentError: naming `key`, if walks of several hops are asked for and it is as long as `query` not.
+            ArgumentError: naming an argument that is not (batch, tokens, C), `value`, if it is not as long as
+                `key`, or `key`, if it is not as long as `query` although walks have several hops.
         """
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.dim() != 3 or x.shape[2] != self.dim:
+                raise bad(name, tuple(x.shape), f"(batch, tokens, {self.dim})")
+        if value.shape[1] != key.shape[1]:
+            raise bad("value", tuple(value.shape), f"{key.shape[1]} tokens, as key has")
         q, k = self._heads(query, key)
         v = split_heads(self.v_proj(value), self.heads)
         if self.variant == "linear":
