@@ -378,6 +378,27 @@ def test_refusals():
         torch.vmap(lambda q: attend(q, q, q, where=SlidingWindow(2), backend="tiles"))(q[None])
 
 
+META = {
+    "masks per border": (Neighborhood((9, 10), 5), 90),
+    "masks that turn out full": (Neighborhood((9, 10), 3, dilation=2), 90),
+    "phantoms": (Halo((9, 10), 4, 2, border="zero"), 90),
+    "specials": (with_specials(Neighborhood((9, 10), 3), 2), 92),
+    "a table": (Explicit(torch.ones(20, 20) > 0), 20),
+}
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("name", META)
+def test_shapes_alone(name, learn):
+    where, n = META[name]
+    q = torch.empty(2, 4, n, 8, device="meta", requires_grad=learn)
+    for score in (None, KeyBias(torch.empty(n, device="meta"))):
+        out, lse = attend(q, q, q, where=where, score=score, backend="tiles", return_lse=True)
+        assert (out.shape, out.device.type, lse.shape) == (q.shape, "meta", q.shape[:3])
+        if learn:
+            out.sum().backward()
+
+
 def test_what_runs_fused():
     def phrase(**options):
         q, k, v = problem(20)

@@ -158,10 +158,11 @@ def _box_items(group: BoxGroup, device: torch.device) -> list[Item]:
     for parts in itertools.product(*split):
         q = Box(group.q_sizes, tuple(p.q for p in parts), group.q_offset)
         k = Box(group.k_sizes, tuple(p.k for p in parts), group.k_offset, group.lead)
-        mask = None if group.is_full else _box_mask(group, parts).to(device)
+        mask = None if group.is_full else _box_mask(group, parts)
+        # Asked before the move: a question to another device waits for it, and meta tensors have no answer.
         if mask is not None and bool(mask.all()):
             mask = None
-        items.append(BoxItem(q, k, mask))
+        items.append(BoxItem(q, k, None if mask is None else mask.to(device)))
     return items
 
 
