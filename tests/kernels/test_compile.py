@@ -79,6 +79,21 @@ def test_other_lengths(backend):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("dynamic", [None, True], ids=["as it finds", "dynamic"])
+def test_several_calls_of_changing_sizes_in_one_graph(dynamic):
+    def fn(x, where):
+        half = x[:, :, : x.shape[2] // 2]
+        y = attend(x, half, half)
+        y = attend(y, x, x, where=where)
+        return attend(y, half, half, score=KeyBias(half[0, 0, :, 0]))
+
+    compiled = torch.compile(fn, backend="eager", fullgraph=True, dynamic=dynamic)
+    for b, n in ((1, 12), (2, 12), (3, 16), (3, 20)):
+        x = torch.randn(b, 2, n, 8)
+        torch.testing.assert_close(compiled(x, Causal()), fn(x, Causal()))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_module_without_gradients():
     class Block(torch.nn.Module):
         def __init__(self):

@@ -50,7 +50,7 @@ def refuse(problem: Problem) -> str | None:
 def run(problem: Problem, plan: Any = None) -> tuple[Float[Tensor, "b h nq dv"], None]:
     """Return the output in the dtype of q; there is no lse."""
     dropout = problem.after[0].p if problem.after else 0.0  # type: ignore[attr-defined]
-    shared = problem.heads != problem.kv_heads
+    shared = fixed(problem.heads) != fixed(problem.kv_heads)
     causal = is_causal(problem)
     bias = None if causal else _bias(problem)
     out = F.scaled_dot_product_attention(

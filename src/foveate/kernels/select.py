@@ -236,7 +236,7 @@ def plan(problem: Problem, backend: str = "auto", *, tile: tuple[int, ...] | Non
             reasons[name] = reason[0].upper() + reason[1:] + "."
     if backend != "auto" and backend in reasons:
         raise UnsupportedError(f"backend {backend!r} cannot serve this call: {reasons[backend]}")
-    chosen = backend if backend != "auto" else min(predicted, key=predicted.__getitem__)
+    chosen = backend if backend != "auto" else _fastest(predicted)
     for name in BACKENDS:
         if name != chosen and name not in reasons:
             reasons[name] = _slower(name, chosen, predicted, backend)
@@ -254,12 +254,25 @@ def plan(problem: Problem, backend: str = "auto", *, tile: tuple[int, ...] | Non
     )  # fmt: skip
 
 
+def _fastest(predicted: dict[str, float]) -> str:
+    """Return the name with the least time, the first of equals."""
+    best = ""
+    # Not min(key=...): torch.compile cannot trace that where sizes are symbols.
+    for name, time in predicted.items():
+        if not best or time < predicted[best]:
+            best = name
+    return best
+
+
 def _slower(name: str, chosen: str, predicted: dict[str, float], asked: str) -> str:
-    ratio = predicted[name] / max(predicted[chosen], 1e-9)
     if asked != "auto":
         return f"It could run, but backend={asked!r} was asked for."
     if name == "reference":
         return "It is the plain definition, made to be checked against and not to be fast."
+    if torch.compiler.is_compiling():
+        # Nobody reads a plan while compiling, and a time that depends on a symbol cannot be written.
+        return f"Predicted to take longer than {chosen!r}."
+    ratio = predicted[name] / max(predicted[chosen], 1e-9)
     return f"Predicted to take {ratio:.2g} times as long as {chosen!r}."
 
 
