@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from foveate.kernels.attend import attend
@@ -14,6 +14,7 @@ from foveate.kernels.flops import (
     formulas,
 )
 from foveate.kernels.problem import Problem
+from foveate.kernels.sample import sample
 from foveate.kernels.select import plan
 from foveate.patterns.grids import Neighborhood
 from foveate.patterns.selection import Selection
@@ -70,6 +71,30 @@ def test_tiles_count_what_explain_says(weigh, routed):
     assert counter.get_total_flops() == told.flops
     kept = 0 if weigh.has_lse else told.flops // 2  # plain autograd keeps the weights
     assert count_flops(out.sum().backward) == told.flops_backward - kept
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_sampling_multiplies_every_pixel_it_reads(weighted, axes):
+    levels = [torch.randn(2, 3, 8, *sizes[:axes], requires_grad=True) for sizes in ((5, 6, 4), (3, 2, 2))]
+    points = torch.rand(2, 3, 7, 2, 4, axes, requires_grad=True)
+    weights = torch.rand(2, 3, 7, 2, 4, requires_grad=True) if weighted else None
+    reads = 2 * 3 * 7 * 2 * 4 * 2**axes
+    for backend in ("bag", "grid_sample"):
+        with FlopCounter() as counter:
+            out = sample(levels, points, weights, backend=backend)
+        assert counter.get_total_flops() == 2 * reads * 8
+        assert count_flops(out.sum().backward) == 2 * 2 * reads * 8
+        with torch.no_grad():
+            assert count_flops(sample, levels, points, weights, backend=backend) == 2 * reads * 8
+    # A gradient nobody asks for is not paid for.
+    out = sample([x.detach() for x in levels], points, weights, backend="grid_sample")
+    assert count_flops(out.sum().backward) == 2 * reads * 8
+
+
+def test_bags_without_weights_multiply_nothing():
+    ids, table = torch.randint(9, (4, 3)), torch.randn(9, 5, requires_grad=True)
+    assert count_flops(lambda: embedding_bag(ids, table, mode="sum").sum().backward()) == 0
 
 
 def test_torch_misses_it_and_stays_unpatched():

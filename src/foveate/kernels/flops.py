@@ -100,12 +100,53 @@ def _cpu_backward_formula(
     return attention_backward_flops(_cpu_pairs(query, spec), query[-1], value[-1], passes=2)
 
 
+def _bag_formula(table, ids, offsets, scale=False, mode=0, sparse=False, weights=None, *_, **__) -> int:
+    """FLOPs of the `_embedding_bag` operators: a row of the table times its weight, for every id.
+
+    Without weights rows are only added up: nothing is multiplied.
+    """
+    return 0 if weights is None else 2 * math.prod(ids) * table[-1]
+
+
+def _bag_rows_formula(
+    grad, ids, offsets, bags, sizes, maximal, rows, scale=False, mode=0, sparse=False, weights=None, *_, **__
+) -> int:
+    """FLOPs of `_embedding_bag_backward`: the weight times the gradient of the bag, for every id."""
+    return 0 if weights is None else 2 * math.prod(ids) * grad[-1]
+
+
+def _bag_weights_formula(grad, table, ids, *_, **__) -> int:
+    """FLOPs of `_embedding_bag_per_sample_weights_backward`: a product of two rows for every id."""
+    return 2 * math.prod(ids) * grad[-1]
+
+
+def _grid_formula(maps: Sequence[int], points: Sequence[int], *_, **__) -> int:
+    """FLOPs of `grid_sampler_2d` and `_3d`: 2^axes pixels around every point, each times its share."""
+    return 2 * 2 ** points[-1] * math.prod(points[:-1]) * maps[1]
+
+
+def _grid_backward_formula(
+    grad, maps, points, interpolation, padding, corners, output_mask=(True, True), **_
+) -> int:
+    """FLOPs of the backward of `grid_sampler_2d` and `_3d`: as much for the maps, and for the points."""
+    return sum(output_mask) * _grid_formula(maps, points)
+
+
 def formulas() -> dict[Any, Callable[..., int]]:
     """Return {operator: formula} for what torch's counter does not know, in its `custom_mapping` form."""
     aten = torch.ops.aten
     return {
         aten._scaled_dot_product_flash_attention_for_cpu: _forward_formula,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_formula,
+        # What `sample` runs.
+        aten._embedding_bag: _bag_formula,
+        aten._embedding_bag_forward_only: _bag_formula,
+        aten._embedding_bag_backward: _bag_rows_formula,
+        aten._embedding_bag_per_sample_weights_backward: _bag_weights_formula,
+        aten.grid_sampler_2d: _grid_formula,
+        aten.grid_sampler_3d: _grid_formula,
+        aten.grid_sampler_2d_backward: _grid_backward_formula,
+        aten.grid_sampler_3d_backward: _grid_backward_formula,
         torch.ops.foveate.tiles: _tiles_formula,
         torch.ops.foveate.tiles_backward: _tiles_backward_formula,
         torch.ops.foveate.cpu: _cpu_formula,
