@@ -10,6 +10,7 @@ from foveate.kernels.select import watch_plans
 from foveate.patterns.basic import Causal
 from foveate.patterns.grids import Halo
 from foveate.patterns.selection import Selection
+from foveate.routing import queries
 from foveate.routing.queries import keep_queries
 
 PATTERNS = [None, Causal(), Halo(Grid(4, 6), 2, 1), Halo(Grid(4, 6), 1, 1) | Causal()]
@@ -55,6 +56,26 @@ def test_shared_choices_and_nobody_chosen():
     nobody = torch.zeros(2, 3, 24, dtype=torch.bool)
     assert attend(q, q, q, where=keep_queries(nobody, 24)).eq(0).all()
     assert attend(q, q, q, where=keep_queries(nobody, 24, Causal())).eq(0).all()
+
+
+def test_cells_of_a_pattern_are_made_once_unless_large(monkeypatch):
+    chosen = some()
+    one, two = (keep_queries(chosen, 24, Causal()).cells[0].mask for _ in range(2))
+    assert one is not None
+    assert one.data_ptr() == two.data_ptr()
+    monkeypatch.setattr(queries, "KEPT_PAIRS", 100)
+    assert keep_queries(chosen, 24, Causal()).cells[0].mask.data_ptr() != one.data_ptr()
+
+
+def test_compiled_code_leaves_gaps_and_gives_the_same():
+    chosen = some()
+    q = torch.randn(2, 3, 24, 4)
+
+    def run(q, chosen):
+        return [attend(q, q, q, where=keep_queries(chosen, 24, where)) for where in (None, Causal())]
+
+    compiled = torch.compile(run, backend="eager")
+    torch.testing.assert_close(compiled(q, chosen), run(q, chosen))
 
 
 @pytest.mark.parametrize("n", [64, 128, 256])

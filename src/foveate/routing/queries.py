@@ -6,16 +6,22 @@ Selection has the pairs of the chosen queries only, and every other row of the o
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from foveate.core.errors import bad
-from foveate.core.tracing import constant_while_tracing
+from foveate.core.tracing import constant_while_tracing, fixed
 from foveate.patterns.cells import Cells
+from foveate.patterns.intern import interned
 from foveate.patterns.lower import lower
 from foveate.patterns.pattern import Pattern, check_int
 from foveate.patterns.selection import Selection
+
+# Pairs whose masks are worth keeping from call to call, a byte each.
+KEPT_PAIRS = 1 << 24
 
 
 def keep_queries(
@@ -42,7 +48,8 @@ def keep_queries(
     if where is None:
         return Selection(_front(chosen), _every(n_k, chosen.device), n_q=n_q, n_k=n_k)
     if isinstance(where, Pattern):
-        cells = [_moved(cell, chosen.device) for cell in _static(where, n_q, n_k)]
+        static = _static(interned(where), fixed(n_q), fixed(n_k))
+        cells = [_moved(cell, chosen.device) for cell in static]
         return Selection.of_cells([_kept(cell, chosen) for cell in cells], n_q, n_k)
     if not isinstance(where, Selection):
         raise bad("where", where, "a Pattern, a Selection, or None for all keys")
@@ -67,10 +74,17 @@ def _front(chosen: Tensor) -> Tensor:
 
 @constant_while_tracing
 def _static(where: Pattern, n_q: int, n_k: int) -> tuple[Cells, ...]:
-    """Return the cells of a pattern."""
+    """Return the cells of a pattern; those of the last few are kept, unless they are large."""
     where.check(n_q, n_k)
     if where.padded() is not None:
         raise bad("where", where, "a pattern without phantom keys", "Use border='mask' or 'clamp'.")
+    # Inside of fake and tracing modes tensors are not real, and nobody else may get them.
+    keep = n_q * n_k <= KEPT_PAIRS and not torch._C._len_torch_dispatch_stack()
+    return (_cells if keep else _cells.__wrapped__)(where, n_q, n_k)
+
+
+@lru_cache(maxsize=4)
+def _cells(where: Pattern, n_q: int, n_k: int) -> tuple[Cells, ...]:
     return Selection.of_schedule(lower(where, n_q, n_k)).cells
 
 
