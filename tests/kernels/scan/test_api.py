@@ -241,6 +241,18 @@ def test_auto_takes_the_chunk_form_and_the_recurrence_for_one_token():
         assert torch.equal(run(case, "auto")[0], run(case, form)[0])
 
 
+@pytest.mark.parametrize(("kind", "size"), [("none", 64), ("head", 64), ("token", 32), ("channel", 64)])
+def test_chunks_are_as_long_as_suits_the_decay(kind, size):
+    case = make(n=150, kind=kind)
+    options = {"decay": case.decay, "return_state": True}
+    for ours, theirs in zip(
+        scan(case.q, case.k, case.v, **options),
+        scan(case.q, case.k, case.v, **options, chunk=size),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)
+
+
 def test_the_normalised_scan_is_a_weighted_mean():
     case = make(n=11, kind="token")
     q, k = case.q.abs(), case.k.abs()
