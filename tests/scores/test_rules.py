@@ -9,7 +9,7 @@ from foveate.kernels.merge import merge
 from foveate.scores.rules import Exp, ReLU, Rule, Sigmoid, Softmax, as_rule
 from tests.scores.blocks import gradients
 
-RULES = [Softmax(), Softmax(sink=0.3), Sigmoid(-1.0), ReLU(), ReLU(power=2), ReLU(power=1.5), Exp()]
+RULES = [Softmax(), Softmax(sink=0.3), Sigmoid(-1.0), ReLU(), Exp()]
 
 
 def plain(rule, logits):
@@ -19,7 +19,7 @@ def plain(rule, logits):
         return [math.exp(x) / total if total else 0.0 for x in logits]
     f = {
         Sigmoid: lambda x: 1 / (1 + math.exp(-(x - 1.0))) if x > -math.inf else 0.0,
-        ReLU: lambda x: max(x, 0.0) ** getattr(rule, "power", 1),
+        ReLU: lambda x: max(x, 0.0),
         Exp: math.exp,
     }[type(rule)]
     return [f(x) for x in logits]
@@ -40,13 +40,6 @@ def test_equals_a_python_loop(rule):
     if isinstance(rule, Softmax):
         sink = [] if rule.sink is None else [torch.full((1, 2, 3, 1), rule.sink, dtype=torch.float64)]
         torch.testing.assert_close(lse, torch.logsumexp(torch.cat([hidden, *sink], -1), -1))
-
-
-@pytest.mark.parametrize("power", [0.5, 0, -1, True, "2", math.nan])
-def test_a_relu_of_a_power_below_one_is_refused(power):
-    q = torch.randn(1, 1, 2, 4)
-    with pytest.raises(ArgumentError, match=r"^weigh: ReLU\.power"):
-        attend(q, q, q, weigh=ReLU(power=power))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)

@@ -144,28 +144,11 @@ class Sigmoid(ElementRule):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ReLU(ElementRule):
-    """`max(l, 0)^power`: sparse weights that do not sum to one.
-
-    The sum of all weights of power 2 is the squared Frobenius norm of those of power 1: over values of ones, a
-    rule's sums come out of `attend` on every backend.
-
-    Args:
-        power: at least 1; 2 is the squared ReLU.
-    """
-
-    power: float = 1.0
-
-    def check(self, extent: Extent) -> None:
-        """Raise unless the power is at least 1."""
-        if isinstance(self.power, bool) or not isinstance(self.power, (int, float)) or not self.power >= 1:
-            raise bad("ReLU.power", self.power, "a number of at least 1")
+    """`max(l, 0)`: sparse weights that do not sum to one."""
 
     def f(self, logits: Float[Tensor, "b h *cells tq tk"]) -> Float[Tensor, "b h *cells tq tk"]:
-        """Return `relu(logits) ** power`."""
-        positive = torch.relu(logits)
-        if self.power == 1:
-            return positive
-        return positive.square() if self.power == 2 else positive**self.power
+        """Return `relu(logits)`."""
+        return torch.relu(logits)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

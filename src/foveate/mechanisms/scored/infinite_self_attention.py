@@ -20,9 +20,10 @@ The equations are those of the released code, which takes one hop; more of them,
 instead (`normalise="rows"`, a walk that ends with probability 1 - rho at every step), follow the paper's theory.
 The released code reads rho out of the graph, so that it never learns; `official=True` does the same.
 
-|A|_F comes from a second pass of `attend` over values of ones, as the rule relu^2 sums to its square.
+|A|_F^2 = sum_n q_n . (A k)_n / D, as relu(l)^2 = relu(l) l: keys ride along as values, and one pass gives both.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -191,29 +192,34 @@ class InfiniteSelfAttention(nn.Module):
 
     def _hop(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """W v, in the dtype of v."""
-        wide, scale = accumulation_dtype(q.dtype), 1 / q.shape[-1]
-        drop = Dropout(self.dropout) if self.training and self.dropout else None
+        wide, dtype = accumulation_dtype(q.dtype), v.dtype
         # Sums of many small weights: in half precision the norm would err more than all weights together.
-        rows = self.normalise == "rows"
-        ones = torch.ones_like(k[..., :1], dtype=wide)
-        rule = ReLU() if rows else ReLU(power=2)
-        sums = attend(q.to(wide), k.to(wide), ones, weigh=rule, scale=scale, backend=self.backend)
-        norm = sums if rows else _root(sums.sum(-2, keepdim=True))
-        out = attend(q, k, v, weigh=ReLU(), after=drop, scale=scale, backend=self.backend)
-        return (out.to(wide) * (self.rho / (norm + EPS))).to(v.dtype)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        if self.normalise == "rows":
+            out, norm = self._weigh(q, k, v, torch.ones_like(k[..., :1]))
+        else:  # relu(l)^2 = relu(l) l, hence |A|_F^2 = sum_n q_n . (A k)_n / D
+            out, read = self._weigh(q, k, v, k)
+            square = (q * read).sum((-2, -1), keepdim=True) / q.shape[-1]
+            norm = _root(square.clamp_min(0.0))
+        return (out * (self.rho / (norm + EPS))).to(dtype)
 
     def _pool(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The one sum of the linear form, for every query."""
-        wide, scale = accumulation_dtype(q.dtype), 1 / q.shape[-1]
+        wide = accumulation_dtype(q.dtype)
         q, k = q.to(wide), k.to(wide)
-        energy = torch.linalg.vector_norm(q, dim=-1) * scale**0.5
+        energy = torch.linalg.vector_norm(q, dim=-1) * q.shape[-1] ** -0.5
         share = energy / (energy.sum(-1, keepdim=True) + EPS)
         mean = apply(share.unsqueeze(-2), q)
-        rule, ones = ReLU(), torch.ones_like(k[..., :1])
-        total = attend(mean, k, ones, weigh=rule, scale=scale, backend=self.backend)
-        drop = Dropout(self.dropout) if self.training and self.dropout else None
-        out = attend(mean, k, v.to(wide), weigh=rule, after=drop, scale=scale, backend=self.backend)
+        out, total = self._weigh(mean, k, v.to(wide), torch.ones_like(k[..., :1]))
         return (out * (self.rho / (total + EPS))).to(v.dtype).expand(-1, -1, q.shape[2], -1)
+
+    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+        """A v and A `beside`, the first under dropout; one pass where there is none."""
+        call = partial(attend, q, k, weigh=ReLU(), scale=1 / q.shape[-1], backend=self.backend)
+        if self.training and self.dropout:
+            return call(v, after=Dropout(self.dropout)), call(beside)
+        out, other = call(torch.cat([v, beside], dim=-1)).split([v.shape[-1], beside.shape[-1]], dim=-1)
+        return out, other
 
     def extra_repr(self) -> str:
         """Show the options."""
