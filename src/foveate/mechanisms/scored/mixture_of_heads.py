@@ -50,7 +50,7 @@ from foveate.scores.rotary import rotary
     fidelity="vectors",
     causal="optional",
     limits="Keys and values of all heads are made for all tokens. Causal cells need a mask per tile and keep gaps "
-    "where a head was not taken: fewer pairs, but the forward is faster than all heads only if most are left out.",
+    "where a head was not taken: fewer pairs, but time is saved only below about three quarters of the heads.",
 )
 class MixtureOfHeads(nn.Module):
     """Multi-head attention in which every token takes some of the heads.
