@@ -36,7 +36,6 @@ from foveate.patterns.paths import Path, columns, diagonal, raster, snake, spira
 FAMILIES = ("snake", "diagonal", "spiral", "raster")  # the authors' C, X, S, Z, in the order of their heads
 
 
-@run_eagerly
 @lru_cache(maxsize=128)
 def family(name: str, grid: Grid) -> tuple[Path, ...]:
     """Return the four routes of a family: the first, the first reversed, the second, the second reversed.
@@ -112,12 +111,16 @@ class MultiHeadScan(nn.Module):
             ArgumentError: naming `x` or `grid`.
         """
         check_tokens(x, grid, self.dim, (2,))
-        paths = [path for name in self.routes for path in family(name, grid)]
-        heads = split_heads(self.subspaces(x), self.heads)
-        readings = self.ssm(along(heads.repeat_interleave(4, dim=1), paths))
-        readings = put_back(readings, paths).unflatten(1, (self.heads, 4))
+        readings = self.read(split_heads(self.subspaces(x), self.heads), grid)
         y = merge_heads(fuse(readings, self.threshold)).to(x.dtype)
         return y if self.norm is None or self.proj is None else self.proj(self.norm(y))
+
+    @run_eagerly  # traced, the making of the routes would be part of every graph
+    def read(self, heads: Float[Tensor, "b h n s"], grid: Grid) -> Float[Tensor, "b h 4 n s"]:
+        """Scan every head along its four routes; the readings lie in the order of the map again."""
+        paths = [path for name in self.routes for path in family(name, grid)]
+        readings = self.ssm(along(heads.repeat_interleave(4, dim=1), paths))
+        return put_back(readings, paths).unflatten(1, (self.heads, 4))
 
     def extra_repr(self) -> str:
         """Show the options."""
