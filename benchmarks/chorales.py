@@ -7,7 +7,7 @@ sixteenths; at every sixteenth stand four events, of soprano, alto, tenor and ba
 begins, a rest where one begins, or "hold" for as long as either lasts. Every tenth chorale is held out. A small
 decoder-only transformer with relative attention and no other positions is trained on windows that start at a random
 sixteenth, each after one start token, and judged in nats per event of the held-out chorales: every event counts once,
-with at least half a window before it. Beside it stand n-grams with Witten-Bell smoothing over the same events, all told
+behind half a window or all there is. Beside it stand n-grams with Witten-Bell smoothing over the same events, all told
 which voice is next: the 2-gram and 3-gram of the events as they come, and a 3-gram that sees the event before and the
 voice's own last one. In the end the model writes a chorale, which goes into a MIDI file and is read back from there.
 The run fails when it does not beat the n-grams or when the file says something else than the model did.
