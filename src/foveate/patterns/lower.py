@@ -1,7 +1,8 @@
 """`lower`: from who attends to whom, to the cells that kernels execute.
 
 Separable patterns (and special tokens before one) become a closed form, a `BoxProduct`; patterns of blocks
-bring one cell per query block; everything else is evaluated tile by tile. Selections bring their own Schedule.
+bring one cell per query block; everything else is evaluated tile by tile, in tiles that `sampling.py` chooses.
+Selections bring their own Schedule.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,10 +23,11 @@ from foveate.patterns.basic import Full
 from foveate.patterns.compose import And, Not, Or
 from foveate.patterns.generic import lower_tiles
 from foveate.patterns.pattern import Pattern
+from foveate.patterns.sampling import Frame, Sampler
 from foveate.patterns.schedule import Schedule
 from foveate.patterns.specials import Specials
 from foveate.patterns.tables import BoxProduct
-from foveate.patterns.tiling import check_tile, plain_tile, tile_for
+from foveate.patterns.tiling import check_tile, cost_of, plain_tile, tile_for
 
 # Schedules kept; a network has a few patterns, a benchmark a few dozens.
 CACHE_SIZE = 128
@@ -50,7 +53,8 @@ def lower(
         n_q: number of queries; may be left out when the pattern has a grid, or for cells.
         n_k: number of keys, by default as many as the pattern says (`n_q` mostly).
         tile: queries of a cell along every axis of the pattern's grid (along the sequence when it has none),
-            one integer or one per axis; None = `default_tile`.
+            one integer or one per axis; None = `default_tile`. Where a part of a composition on a grid brings
+            blocks of consecutive tokens, `(n,)` stands for tiles of n such tokens.
         uniform: make few groups with several masks each (small key boxes grow), for backends that run one
             batched call per group; by default cells compute as few pairs as their tiles allow.
 
@@ -93,6 +97,10 @@ def default_tile(
 ) -> tuple[int, ...]:
     """Return the tile, one size per axis, that costs least by the model of `foveate.patterns.tiling`.
 
+    For closed forms the model is exact; for other patterns it is fed with the keys that sample tiles see
+    (`foveate.patterns.sampling`). Where a part of a composition brings blocks of its own, one size may stand
+    for a tile of consecutive tokens, whatever the grid.
+
     Args:
         where: a Pattern.
         n_q: number of queries; may be left out when the pattern has a grid.
@@ -102,24 +110,52 @@ def default_tile(
     n_q, n_k = where.lengths(n_q, n_k)
     if where.own_block is not None:
         return (where.own_block,)
-    return tile_for(_frame(where, n_q, n_k)[0], **model)
+    return _tile(where, n_q, n_k, **model)
 
 
 def _lower(where: Pattern, n_q: int, n_k: int, tile, uniform: bool) -> Schedule:
     if where.own_block is not None and tile is None:
         return Schedule(n_q, n_k, where.own_groups(n_q, n_k))
-    rules, specials = _frame(where, n_q, n_k)
-    sizes = tile_for(rules) if tile is None else check_tile(tile, len(rules))
     closed = _closed(where, n_q, n_k)
     if closed is not None:
         rules, lead, linked = closed
+        sizes = tile_for(rules) if tile is None else check_tile(tile, len(rules))
         product = BoxProduct.of(rules, sizes, uniform=uniform, lead=lead, linked=linked)
         return Schedule(n_q, n_k, product.groups(), product=product)
-    frame = BoxProduct.of(rules, sizes, lead=(specials, specials))
+    tried = _sampler(where, n_q, n_k)
+    if tile is None:
+        tile = _tile(where, n_q, n_k)
+    elif isinstance(tile, int) or len(tile) not in {len(frame.rules) for frame in tried.frames}:
+        tile = check_tile(tile, len(tried.frames[0].rules))
+    rules, specials, _ = tried.frame_for(tile)
+    frame = BoxProduct.of(rules, tile, lead=(specials, specials))
     tiles: list[Tensor] = frame.query_tiles()
     if specials:
         tiles += [rows[None] for rows in torch.arange(specials).split(_SPECIAL_ROWS)]
     return Schedule(n_q, n_k, lower_tiles(where, tiles, n_q, n_k))
+
+
+def _tile(where: Pattern, n_q: int, n_k: int, **model: Any) -> tuple[int, ...]:
+    """Return the tile of least cost of a pattern that brings no cells of its own."""
+    closed = _closed(where, n_q, n_k)
+    if closed is not None:
+        return tile_for(closed[0], **model)
+    tried = _sampler(where, n_q, n_k)
+    cost, max_queries = cost_of(**model)
+    starts = [(i, tile_for(frame.rules, **model)) for i, frame in enumerate(tried.frames) if not frame.sizes]
+    return tried.best(cost, max_queries, starts)
+
+
+@lru_cache(maxsize=32)
+def _sampler(where: Pattern, n_q: int, n_k: int) -> Sampler:
+    """Return the frames of a pattern, those with most axes first, and what tiles in them come to.
+
+    A grid pattern united with others is best tiled along its grid, a list of blocks by its blocks.
+    """
+    found = _frames(where, n_q, n_k)
+    most = max(len(frame.rules) for frame in found)
+    frames = [frame for frame in found if len(frame.rules) == most and not frame.sizes]
+    return Sampler(where, n_q, n_k, frames + [frame for frame in found if frame.sizes])
 
 
 def _closed(where: Pattern, n_q: int, n_k: int) -> tuple[tuple[AxisRule, ...], tuple[int, int], bool] | None:
@@ -147,23 +183,24 @@ def _closed_banks(where: Beside, n_q: int) -> tuple[tuple[AxisRule, ...], tuple[
     return rules, (specials, where.first[-1] + of_keys), True
 
 
-def _frame(where: Pattern, n_q: int, n_k: int) -> tuple[tuple[AxisRule, ...], int]:
-    """Return the axis rules by which queries are put into tiles, and how many specials stand before them.
-
-    For what is not separable itself, those of the part with most axes: a grid pattern united with others is
-    still best tiled along its grid. Without any, the sequence.
-    """
+def _frames(where: Pattern, n_q: int, n_k: int) -> list[Frame]:
+    """Return the ways to put queries into tiles that the parts of a pattern suggest; at least the sequence."""
     rules = where.axes(n_q, n_k)
     if rules is not None:
-        return rules, 0
+        return [Frame(rules)]
     if isinstance(where, Specials):
-        inner, nested = _frame(where.where, n_q - where.n, n_k - where.n)
-        return inner, where.n + nested
+        inner = _frames(where.where, n_q - where.n, n_k - where.n)
+        return [frame._replace(lead=where.n + frame.lead) for frame in inner]
     if isinstance(where, Beside):
-        frames = [_frame(part, n_q, n) for part, n in where.parts]
-        return max(frames, key=lambda frame: len(frame[0]))
+        return [frame for part, n in where.parts for frame in _frames(part, n_q, n)]
     parts = where.parts if isinstance(where, And | Or) else (where.part,) if isinstance(where, Not) else ()
-    frames = [_frame(part, n_q, n_k) for part in parts]
+    frames = [frame for part in parts for frame in _frames(part, n_q, n_k)]
     if frames:
-        return max(frames, key=lambda frame: len(frame[0]))
-    return (AxisRule.full(n_q, n_k),), 0
+        return frames
+    sequence = (AxisRule.full(n_q, n_k),)
+    block = where.own_block
+    if block is None:
+        return [Frame(sequence)]
+    # Tiles that hold blocks whole, or cut them evenly.
+    pieces = [block >> i for i in range(1, block.bit_length()) if block % (1 << i) == 0]
+    return [Frame(sequence), Frame(sequence, sizes=(block, 2 * block, 4 * block, *pieces))]

@@ -17,7 +17,8 @@ from foveate.core.errors import bad
 from foveate.patterns.axis import AxisRule
 from foveate.patterns.tables import AxisOrder
 
-Price = Callable[[int, int, int, int], float]
+# (queries of a full tile, pairs computed, keys gathered, cells) -> cost; pairs and keys may be estimates.
+Price = Callable[[int, float, float, int], float]
 
 # Copying one key and one value row of 64 numbers into a cell, in pairs (4 * 64 FLOPs each): measured for the
 # plain gather in torch on a 2-core server, between 15 and 40.
@@ -48,6 +49,7 @@ def tile_for(
         price: another model: (queries of a full tile, pairs computed, keys gathered, cells) -> cost.
         max_queries: the most queries a tile may have.
     """
+    cost_by, _ = cost_of(key_cost=key_cost, cell_cost=cell_cost, price=price)
     priced = []
     for rule in rules:
         order = AxisOrder(rule)
@@ -64,13 +66,23 @@ def tile_for(
         if queries > max_queries:
             continue
         pairs, keys, cells = (math.prod(entry[i] for entry in combination) for i in (1, 2, 3))
-        if price is not None:
-            cost = price(queries, pairs, keys, cells)
-        else:
-            cost = pairs + key_cost * keys + cell_cost * cells
+        cost = cost_by(queries, pairs, keys, cells)
         if cost < best_cost:
             best, best_cost = tile, cost
     return best
+
+
+def cost_of(
+    *,
+    key_cost: float = KEY_COST,
+    cell_cost: float = CELL_COST,
+    price: Price | None = None,
+    max_queries: int = MAX_QUERIES,
+) -> tuple[Price, int]:
+    """Return the price that the keywords of `tile_for` stand for, and the most queries of a tile."""
+    if price is None:
+        return lambda queries, pairs, keys, cells: pairs + key_cost * keys + cell_cost * cells, max_queries
+    return price, max_queries
 
 
 def plain_tile(tile: int | Sequence[int]) -> int | tuple[int, ...]:

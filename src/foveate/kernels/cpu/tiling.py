@@ -39,7 +39,7 @@ def lanes(rows: int) -> int:
     return 16 if rows <= 16 else 32 if rows <= 32 else LANES
 
 
-def price(rows: int, others: int, cells: int, width: int = WIDTH) -> float:
+def price(rows: int, others: float, cells: int, width: int = WIDTH) -> float:
     """Return the nanoseconds of `cells` cells of `rows` own rows past which `others` rows stream in all."""
     n = lanes(rows)
     streamed = others + cells * STEP[n] / 2
@@ -47,7 +47,7 @@ def price(rows: int, others: int, cells: int, width: int = WIDTH) -> float:
     return streamed * by_row + cells * (CELL + n * width * LANE)
 
 
-def _tile_price(queries: int, pairs: int, keys: int, cells: int) -> float:
+def _tile_price(queries: int, pairs: float, keys: float, cells: int) -> float:
     return price(queries, keys, cells)
 
 
