@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.core.errors import ArgumentError, UnknownNameError
-from foveate.kernels.scan import scan, selective, selective_scan, selective_states, selective_step
+from foveate.kernels.scan import pieces, scan, selective_scan, selective_states, selective_step
 
 FORMS = ("pieces", "recurrent", "reference")
 NAMES = ("u", "dt", "A", "B", "C", "D", "initial_state")
@@ -71,7 +71,7 @@ def cases(draw):
 
 @pytest.fixture
 def short_pieces(monkeypatch):
-    monkeypatch.setattr(selective, "TOGETHER", 1)  # 16 tokens each
+    monkeypatch.setattr(pieces, "TOGETHER", 1)  # 16 tokens each
 
 
 @pytest.mark.usefixtures("short_pieces")
@@ -204,6 +204,12 @@ def test_a_hundred_thousand_tokens_stay_exact():
     single = {k: v.float() for k, v in case.items()}
     for ours, theirs in zip(run(single), run(case), strict=True):
         assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+def test_shapes_alone_have_a_result():
+    case = {k: v.to("meta") for k, v in make(n=40).items()}
+    y, last = run(case)
+    assert (y.shape, last.shape) == ((2, 2, 40, 3), (2, 2, 2, 3))
 
 
 def test_no_token():

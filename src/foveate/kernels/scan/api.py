@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +12,7 @@ from foveate.core.dtypes import accumulation_dtype
 from foveate.core.errors import bad, unknown
 from foveate.kernels.scan import chunk as chunk_form
 from foveate.kernels.scan import recurrent, reference
-from foveate.kernels.scan.contract import ScanProblem, prepare
+from foveate.kernels.scan.contract import ScanProblem, prepare, unrounded
 from foveate.kernels.scan.watch import tell_watchers
 
 BACKENDS = ("auto", "chunk", "recurrent", "reference")
@@ -121,7 +120,7 @@ def scan(
         chunk=chunk,
         itemsize=dtype.itemsize,
     )
-    with _wide(q.device):
+    with unrounded(q.device):
         if causal is True:
             out, state = form(problem.folded())
         elif causal == "reverse":
@@ -224,12 +223,6 @@ def normalized_scan(
         out = scan(q, k, joint, **options)
     out = (out[..., :-1] / (out[..., -1:] + eps)).to(dtype)
     return out if state is None else (out, state)
-
-
-def _wide(device: torch.device) -> AbstractContextManager[Any]:
-    """Under autocast every product would be rounded to half precision; the contract is float32."""
-    # Shapes alone have no autocast.
-    return nullcontext() if device.type == "meta" else torch.autocast(device_type=device.type, enabled=False)
 
 
 def _decided(backend: Backend, q: Tensor) -> Backend:

@@ -10,7 +10,9 @@ the same sum as the quadratic form o_i = scale * sum_{j<=i} (q_i * exp(g_{j+1} +
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -213,3 +215,9 @@ def seen(wrong: Bool[Tensor, "..."]) -> bool:
         return bool(wrong.any())
     except RuntimeError:
         return False
+
+
+def unrounded(device: torch.device) -> AbstractContextManager[Any]:
+    """Leave autocast, under which every product would be rounded to half precision; the contract is float32."""
+    # Shapes alone have no autocast.
+    return nullcontext() if device.type == "meta" else torch.autocast(device_type=device.type, enabled=False)

@@ -23,15 +23,11 @@ from torch import Tensor
 
 from foveate.core.dtypes import FLOATS, accumulation_dtype
 from foveate.core.errors import bad, unknown
-from foveate.core.tracing import run_eagerly
-from foveate.kernels.scan.contract import check_segments, seen, segment_resets
-from foveate.kernels.scan.reference import log_weights
+from foveate.kernels.scan import pieces
+from foveate.kernels.scan.contract import check_segments, seen, segment_resets, unrounded
 
 BACKENDS = ("auto", "pieces", "recurrent", "reference")
 Backend = Literal["auto", "pieces", "recurrent", "reference"]
-
-# Entries of the states of one piece: few enough for the level-2 cache, many enough to hide the overhead of a call.
-TOGETHER = 1 << 17
 
 
 @overload
@@ -105,14 +101,14 @@ def selective_scan(
         ArgumentError: naming the argument that cannot be right.
     """
     dtype = u.dtype
-    with torch.autocast(device_type=u.device.type, enabled=False):
+    with unrounded(u.device):
         p, u = _prepare(u, dt, A, B, C, D, initial_state, segments, causal)
         if backend in ("auto", "pieces"):
-            y, last = _pieces(*p)
+            y, last = pieces.run(*p)
         elif backend == "recurrent":
-            y, last = _recurrent(*p)
+            y, last = pieces.recurrent(*p)
         elif backend == "reference":
-            y, last = _reference(*p)
+            y, last = pieces.reference(*p)
         else:
             raise unknown("backend of selective_scan", str(backend), BACKENDS)
         y = _tokens_second(y, causal)
@@ -136,9 +132,9 @@ def selective_states(
     `sum_s C[..., s, None] * states[..., s, :]` is then what `selective_scan` returns without D. Memory is N S C;
     arguments and errors are those of `selective_scan`. States of padding are 0. In the accumulation dtype.
     """
-    with torch.autocast(device_type=u.device.type, enabled=False):
+    with unrounded(u.device):
         p, _ = _prepare(u, dt, A, B, None, None, initial_state, segments, causal)
-        states, _ = _pieces(*p)
+        states, _ = pieces.run(*p)
         states = _tokens_second(states, causal)
         if segments is not None:
             states = states.masked_fill((segments < 0)[:, None, :, None, None], 0.0)
@@ -170,140 +166,8 @@ def selective_step(
     return y.squeeze(2), state
 
 
-class _Pieces(torch.autograd.Function):
-    """Outputs (N, B, G, C), or all states (N, B, G, S, C) where C is None, and the last state.
-
-    Tokens come first in memory, so that the step of one token is one contiguous multiply-add.
-    """
-
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, state, resets):
-        outs, starts = [], []
-        for x_, dt_, B_, C_, r_ in _split(x, dt, B, C, resets, A):
-            starts.append(state)
-            _, states = _states(x_, dt_, A, B_, r_, state)
-            state = states[-1].clone()
-            outs.append(states if C_ is None else _read(C_, states))
-        # One state per piece is what the gradient starts each piece from again.
-        ctx.starts = starts if any(ctx.needs_input_grad) else []
-        ctx.save_for_backward(x, dt, A, B, C, starts[0] if starts else state, resets)
-        if not outs:
-            return (x.new_zeros((0, *state.shape)) if C is None else x.clone()), state.clone()
-        return outs[0] if len(outs) == 1 else torch.cat(outs), state
-
-    @staticmethod
-    def backward(ctx, dy, dlast):  # type: ignore[override]
-        x, dt, A, B, C, _, resets = ctx.saved_tensors
-        if torch.is_grad_enabled():  # someone wants gradients of these gradients
-            return _differentiable_backward(ctx.saved_tensors, dy, dlast)
-        pieces = _split(x, dt, B, C, resets, A)
-        grads: list[list[Tensor | None]] = []
-        dA, later = torch.zeros_like(A), dlast
-        dys = dy.split(max(len(pieces[0][0]), 1)) if pieces else []
-        for (x_, dt_, B_, C_, r_), start, dy_ in zip(
-            reversed(pieces), reversed(ctx.starts), reversed(dys), strict=True
-        ):
-            decay, states = _states(x_, dt_, A, B_, r_, start)
-            g = dy_.clone() if C_ is None else C_.unsqueeze(-1) * dy_.unsqueeze(-2)
-            dC = None if C_ is None else _weigh(states, dy_)
-            later = _run_back(g, decay, later)
-            dx, dB = _read(B_, g), _weigh(g, x_)
-            # d(log decay) = g * decay * state before; the state after last is not needed any more.
-            slope = decay.mul_(g)
-            slope[1:].mul_(states[:-1])
-            slope[0].mul_(start)
-            ddt = (slope * A).sum(-2)
-            dA += slope.mul_(dt_.unsqueeze(-2)).sum((0, 1))
-            grads.append([dx, ddt, dB, dC])
-        if not grads:
-            return torch.zeros_like(x), torch.zeros_like(dt), dA, torch.zeros_like(B), C, dlast, None
-        dx, ddt, dB = (torch.cat([part[i] for part in reversed(grads)]) for i in range(3))  # type: ignore[misc]
-        dC = None if C is None else torch.cat([part[3] for part in reversed(grads)])  # type: ignore[misc]
-        return dx, ddt, dA, dB, dC, later, None
-
-
-@run_eagerly  # traced, every token would become nodes of the graph
-def _pieces(x, dt, A, B, C, state, resets) -> tuple[Tensor, Tensor]:
-    return _Pieces.apply(x, dt, A, B, C, state, resets)  # type: ignore[return-value]
-
-
-def _states(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, resets: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The decays and states (n, b, g, s, c) of one piece; no gradient flows."""
-    decay = torch.exp(dt.unsqueeze(-2) * A)
-    if resets is not None:
-        decay.masked_fill_(resets, 0.0)
-    states = B.unsqueeze(-1) * x.unsqueeze(-2)
-    for h, a in zip(states.unbind(0), decay.unbind(0), strict=True):
-        state = h.addcmul_(a, state)
-    return decay, states
-
-
-def _run_back(g: Tensor, decay: Tensor, later: Tensor) -> Tensor:
-    """Turn gradients of states as read into gradients of states, in place; return that of the state before."""
-    seeds, decays = g.unbind(0), decay.unbind(0)
-    after = seeds[-1].add_(later)
-    for seed, a in zip(reversed(seeds[:-1]), reversed(decays[1:]), strict=True):
-        after = seed.addcmul_(a, after)
-    return decays[0] * after
-
-
-def _read(C: Float[Tensor, "n b g s"], states: Float[Tensor, "n b g s c"]) -> Float[Tensor, "n b g c"]:
-    return (C.unsqueeze(-2) @ states).squeeze(-2)
-
-
-def _weigh(states: Float[Tensor, "n b g s c"], x: Float[Tensor, "n b g c"]) -> Float[Tensor, "n b g s"]:
-    # Not `states @ x`: torch makes a loop of copies of a batch of matrix-vector products, 20 times slower.
-    return torch.einsum("nbgsc,nbgc->nbgs", states, x)
-
-
-def _split(x: Tensor, dt: Tensor, B: Tensor, C: Tensor | None, resets: Tensor | None, A: Tensor) -> list:
-    """The pieces: (x, dt, B, C, resets) of as many tokens as fit `TOGETHER`, at least 16."""
-    entries = x.shape[1] * x.shape[2] * A.shape[1] * A.shape[2]
-    tokens = max(16, TOGETHER // max(entries, 1))
-    xs = x.split(tokens) if len(x) else ()
-    Cs = [None] * len(xs) if C is None else C.split(tokens)
-    rs = [None] * len(xs) if resets is None else resets.split(tokens)
-    return list(zip(xs, dt.split(tokens), B.split(tokens), Cs, rs, strict=False))
-
-
-def _recurrent(x, dt, A, B, C, state, resets):
-    """The plain loop, differentiable by autograd; the arguments of `_Pieces`."""
-    outs = []
-    for t in range(len(x)):
-        decay = torch.exp(dt[t].unsqueeze(-2) * A)
-        if resets is not None:
-            decay = decay.masked_fill(resets[t], 0.0)
-        state = decay * state + B[t].unsqueeze(-1) * x[t].unsqueeze(-2)
-        outs.append(state if C is None else (C[t].unsqueeze(-2) @ state).squeeze(-2))
-    return (torch.stack(outs) if outs else torch.zeros_like(x)), state
-
-
-def _reference(x, dt, A, B, C, state, resets):
-    """Every weight written out: y_i = sum_{j<=i} sum_s C_i[s] exp(A[s] (dt_{j+1} + ... + dt_i)) B_j[s] x_j."""
-    steps = torch.einsum("nbgc,gsc->bgsnc", dt, A).flatten(1, 2)
-    if resets is not None:
-        steps = steps.masked_fill(resets[:, :, 0, 0, 0].T[:, None, :, None], -torch.inf)
-    weights = log_weights(steps).exp().unflatten(1, A.shape[:2])
-    begin = steps.cumsum(2).exp().unflatten(1, A.shape[:2])
-    pairs = torch.einsum("bgsijc,jbgs,jbgc->ibgsc", weights, B, x)
-    states = pairs + torch.einsum("bgsic,bgsc->ibgsc", begin, state)
-    return _read(C, states), states[-1] if len(states) else state
-
-
-def _differentiable_backward(saved, dy: Tensor, dlast: Tensor):
-    """The gradients of the plain loop, themselves differentiable."""
-    # Views, so that a gradient ends here although one argument may have been made from another.
-    args = [None if x is None else x.view_as(x) for x in saved[:-1]]
-    wanted = [x for x in args if x is not None and x.requires_grad]
-    outputs = _recurrent(*args, saved[-1])  # pyright: ignore[reportCallIssue]
-    grads = iter(torch.autograd.grad(outputs, wanted, (dy, dlast), create_graph=True, allow_unused=True))
-    return (*(next(grads) if x is not None and x.requires_grad else None for x in args), None)
-
-
 def _prepare(u, dt, A, B, C, D, state, segments, causal):
-    """Check one call; return x, dt, A, B, C, state, resets as `_Pieces` takes them, and u without padding."""
+    """Check one call; return x, dt, A, B, C, state, resets as `pieces` takes them, and u without padding."""
     if causal is not True and causal != "reverse":
         raise bad("causal", causal, 'True or "reverse"', "Two directions are two groups, or two calls.")
     for name, x in (("u", u), ("dt", dt), ("B", B), ("C", C)):
