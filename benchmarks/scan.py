@@ -133,7 +133,8 @@ def plain_table_of_times(options) -> None:
     with torch.no_grad():
         for n in options.plain_lengths:
             calls = plain_calls(options.heads, n, options.dim)
-            times = time_interleaved(calls, min_repeats=options.repeats, max_repeats=options.repeats).times
+            repeats = max(options.repeats, 8192 // n)  # short calls scatter more
+            times = time_interleaved(calls, min_repeats=repeats, max_repeats=repeats).times
             ours = times.pop("scan").median_ms
             cells = [f"{name} {timing.median_ms / ours:6.2f}x" for name, timing in times.items()]
             print(f"{n:7} {ours * 1e3 / n:7.2f} us/token  {'  '.join(cells)}", flush=True)
