@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from docs.files import DOCS, IMAGES, NOTICE, table
 from foveate.core.grid import Grid
-from foveate.core.registry import Facts, list_systems
+from foveate.core.registry import Facts, get_system, list_systems
 from foveate.measure.reach import reach_levels
 from foveate.measure.subject import Subject
+from foveate.patterns.pattern import Pattern
 
 FIDELITY = {
     "vectors": "outputs and, mostly, gradients equal the authors' code, to float32 rounding",
@@ -111,9 +114,22 @@ def _middle(grid: Grid) -> int:
     return int(grid.ravel([torch.tensor(size // 2) for size in grid.sizes]))
 
 
+@cache
+def _pattern(key: str) -> Pattern | None:
+    """Return the pattern of a system on its grid, None where it has none that could be laid out there."""
+    facts = get_system(key)
+    if not hasattr(facts.cls, "where"):
+        return None
+    grid = _grid(facts)
+    module: Any = _built(facts, grid).module
+    where = module.where(grid)
+    laid_out = isinstance(where, Pattern) and getattr(where, "grid", None) == grid
+    return where if laid_out else None  # type: ignore[return-value]
+
+
 def has_pattern(facts: Facts) -> bool:
-    """Whether the system can say by itself whom a token attends to."""
-    return hasattr(facts.cls, "where")
+    """Whether the system can say by itself whom a token of a grid attends to."""
+    return _pattern(facts.key) is not None
 
 
 def has_picture(facts: Facts) -> bool:
@@ -124,9 +140,10 @@ def has_picture(facts: Facts) -> bool:
 def pattern_pictures() -> dict[Path, str]:
     """Return the exact pictures: the pattern that a system builds on a grid."""
     out = {}
-    for facts in filter(has_pattern, filter(has_picture, systems())):
-        grid = _grid(facts)
-        where = _built(facts, grid).module.where(grid)
+    for facts in filter(has_picture, systems()):
+        grid, where = _grid(facts), _pattern(facts.key)
+        if where is None:
+            continue
         out[IMAGES / "systems" / f"{facts.key}.svg"] = where.draw_svg(query=_middle(grid), size=168) + "\n"
     return out
 
