@@ -1,7 +1,10 @@
 """One network for every mechanism."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.nn.functional import conv1d, one_hot, pad
 
 from foveate.core.errors import ArgumentError, UnknownNameError
 from foveate.core.grid import Grid
@@ -68,6 +71,23 @@ def test_a_causal_network_does_not_see_the_future():
     assert not torch.equal(a[:, 4:], b[:, 4:])
 
 
+def test_embeddings_look_back_as_a_causal_convolution_over_the_tokens():
+    wide = Backbone(replace(IDS, before=2), Nothing, seed=1)
+    plain = Backbone(IDS, Nothing, seed=1)
+    tables = [wide.embed.weight, *(table.weight for table in wide.earlier)]
+    assert len(tables) == 3
+    rest = {k: v for k, v in wide.state_dict().items() if not k.startswith("earlier.")}
+    assert rest.keys() == plain.state_dict().keys()
+    assert all(torch.equal(rest[k], v) for k, v in plain.state_dict().items())
+    ids = torch.randint(11, (2, 7))
+    kernel = torch.stack(tables[::-1], dim=2).transpose(0, 1)  # (C, vocabulary, 3), the earliest token first
+    tokens = pad(one_hot(ids, 11).float().mT, (2, 0))
+    seen = []
+    wide.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    wide(ids)
+    torch.testing.assert_close(seen[0], conv1d(tokens, kernel).mT + wide.position)
+
+
 @pytest.mark.parametrize("grid", [Grid(9), Grid(4, 5), Grid(3, 2, 4)])
 def test_positions_are_distinct(grid):
     table = sine_positions(grid, 24)
@@ -83,6 +103,9 @@ def test_positions_are_distinct(grid):
         ({"inputs": "words"}, "inputs"),
         ({"grid": Grid(2, 2)}, "grid"),
         ({"overlap": -1}, "overlap"),
+        ({"before": -1}, "before"),
+        ({"before": 7}, "before"),
+        ({"inputs": "pixels", "before": 1}, "before"),
     ],
 )
 def test_bad_specs_are_named(change, name):

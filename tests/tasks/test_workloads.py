@@ -17,7 +17,7 @@ SMALL = {
     "image": {"test_size": 24},
     "restore": {"test_size": 4},
     "text": {"test_size": 4, "length": 64},
-    "recall": {"test_size": 8, "length": 48, "pairs": 4, "keys": 8},
+    "recall": {"test_size": 8, "length": 48, "pairs": 4, "keys": 8, "before": 2},
 }
 
 
@@ -253,6 +253,45 @@ def test_answers_are_the_values_shown_with_the_keys():
         assert [table[k] - 9 for k in ids[10:]] == targets[10:]
 
 
+def test_every_question_needs_a_pair_of_its_own_example():
+    """Neither the keys nor the questions before tell the values: the same keys have others in the next example."""
+    workload = make_workload("recall", **SMALL["recall"])
+    ids = torch.cat([workload.batch(step).inputs for step in range(20)])
+    keys, values = ids[:, 0:8:2], ids[:, 1:8:2] - 8
+    assert keys.sort(1).values.diff(dim=1).gt(0).all()
+    table = torch.zeros(8, 16).index_put_((keys, values), torch.ones(()), accumulate=True)
+    assert (table.max(1).values / table.sum(1)).max() < 0.2
+    assert ids[:, 8:].max() < 8
+
+
+def test_recall_is_solved_by_looking_back_and_by_nothing_less():
+    """What attention would do, written down: all is right; with the last pair out of sight, its questions are not."""
+    workload = make_workload("recall", length=48, pairs=4, keys=8, test_size=64)
+
+    def look_back(first):
+        def answer(ids):
+            keys, values = ids[:, first:8:2], ids[:, first + 1 : 8 : 2] - 8
+            weights = (ids[:, :, None] == keys[:, None]).float()
+            return weights @ torch.nn.functional.one_hot(values, 16).float()
+
+        return workload.evaluate(answer).quality
+
+    assert look_back(0) == 1
+    assert workload.floor()[1] < look_back(2) < 0.9
+
+
+def test_a_short_race_tells_attention_from_nothing():
+    """Full attention leaves the best trivial answer behind in sixty steps; what mixes no tokens does not."""
+    workload = make_workload("recall", length=48, pairs=8, keys=8, test_size=64)
+    found = {}
+    for key in ("dense", "nothing"):
+        trainer = Trainer(workload, lambda spec, seed, key=key: build(key, spec, seed=seed))
+        trainer.advance(60)
+        found[key] = trainer.evaluate().quality
+    assert found["dense"] > 0.8
+    assert found["nothing"] < workload.floor()[1] + 0.05
+
+
 # -- bad input -----------------------------------------------------------------------------------------------
 
 
@@ -269,8 +308,9 @@ def test_answers_are_the_values_shown_with_the_keys():
         ("restore", {"folder": "/nowhere"}, "folder"),
         ("text", {"length": 2}, "length"),
         ("text", {"file": "/nowhere.txt"}, "file"),
-        ("recall", {"pairs": 17}, "pairs"),
+        ("recall", {"pairs": 33}, "pairs"),
         ("recall", {"length": 20, "pairs": 10}, "length"),
+        ("recall", {"before": -1}, "before"),
         ("recall", {"values": 1}, "values"),
         ("image", {"heads": 5}, "dim"),
     ],

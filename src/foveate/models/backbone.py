@@ -4,6 +4,8 @@
     x = x + mixer(norm(x));  x = x + mlp(norm(x))     depth times
     answer = head(norm(x))                            (B, N, out_features)
 
+With `before` = w, embed(ids)_t = E_0[ids_t] + ... + E_w[ids_(t-w)]: a causal convolution over the tokens themselves,
+outside the mixers and the same for all of them.
 Everything but the mixers starts from the same numbers for the same seed, whatever the mixers are.
 Position enters once, as a learned table that starts from sines and cosines of the coordinates.
 """
@@ -20,6 +22,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from foveate.core.errors import bad
 from foveate.core.grid import Grid
@@ -39,6 +42,7 @@ class NetSpec:
         out_features: numbers answered per token.
         patch: side of the square patch one token stands for (pixels only).
         overlap: pixels a patch's embedding looks beyond its own border on each side (pixels only).
+        before: tokens before its own that a token's embedding looks at too (ids only).
         dim, heads, depth, mlp_ratio: width, heads, blocks, and width of the MLP over `dim`.
         causal: whether a token may depend on earlier tokens only.
     """
@@ -49,6 +53,7 @@ class NetSpec:
     out_features: int
     patch: int = 1
     overlap: int = 0
+    before: int = 0
     dim: int = 64
     heads: int = 4
     depth: int = 2
@@ -67,6 +72,9 @@ class NetSpec:
             raise bad("overlap", self.overlap, "zero or a positive integer")
         if self.inputs == "ids" and self.grid.ndim != 1:
             raise bad("grid", self.grid, "one axis for a sequence of ids")
+        most = self.grid.numel - 1 if self.inputs == "ids" else 0
+        if not 0 <= self.before <= most:
+            raise bad("before", self.before, f"0 to {most} for these inputs")
 
 
 def build_mixer(
@@ -172,6 +180,11 @@ class Backbone(nn.Module):
             )
             self.norm = nn.LayerNorm(spec.dim)
             self.head = nn.Linear(spec.dim, spec.out_features)
+            # Drawn last, so that the rest does not depend on how many there are.
+            earlier = [nn.Embedding(spec.in_features, spec.dim) for _ in range(spec.before)]
+            for table in earlier:
+                nn.init.normal_(table.weight, std=0.5)
+            self.earlier = nn.ModuleList(earlier)
             for i, block in enumerate(self.blocks):
                 # A seed of its own per layer: how many numbers one mixer draws must not move the next.
                 torch.manual_seed(1_000_003 * (seed + 1) + i)
@@ -186,6 +199,8 @@ class Backbone(nn.Module):
         x = self.embed(inputs)
         if self.spec.inputs == "pixels":
             x = x.flatten(2).transpose(1, 2)
+        for gap, table in enumerate(self.earlier, 1):
+            x = x + pad(table(inputs[:, :-gap]), (0, 0, gap, 0))
         x = x + self.position
         for block in self.blocks:
             x = block(x, self.spec.grid)
