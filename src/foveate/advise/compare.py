@@ -25,7 +25,7 @@ from foveate.measure.threads import threads as thread_count
 from foveate.tasks.workload import make_workload
 
 # Share of the whole budget that `shapes` gets beside other workloads; alone it gets all.
-SHAPES_SHARE = 0.25
+SHAPES_SHARE = 0.35
 REPORT_NAME = "report.html"
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -23,6 +24,7 @@ import torch
 from foveate.advise.ranking import Scored, pooled_sd, quality_error, survivors
 from foveate.advise.records import CurvePoint, MechanismResult, RaceResult
 from foveate.core.errors import ArgumentError, UnknownNameError, UnsupportedError, bad
+from foveate.core.registry import get_system
 from foveate.models import backbone
 from foveate.models.backbone import Backbone, NetSpec
 from foveate.tasks.train import Trainer
@@ -35,6 +37,8 @@ ROUNDS = 2
 FINALISTS = 3
 # Steps that tell how long a step takes, before anything is planned.
 CALIBRATION = 3
+# Fewer steps tell nothing: a budget that cannot give them to all races as many as it can give them to.
+MIN_STEPS = 40
 # A single mechanism may not need more than this share of the first rung for its part of it.
 LARGEST_SHARE = 0.5
 
@@ -62,6 +66,13 @@ class RaceEvent:
     message: str = ""
     result: MechanismResult | None = None
     race: RaceResult | None = None
+
+
+def _family(key: str) -> str:
+    try:
+        return get_system(key).family
+    except UnknownNameError:
+        return ""  # built by a function of the caller's
 
 
 class _Stopped(Exception):
@@ -189,7 +200,8 @@ class _Race:
         self.active = [
             key for key in keys if self.result.mechanisms[key].status in ("waiting", "running", "interrupted")
         ]
-        self.sizes = field_sizes(len(keys))
+        out = ("refused", "failed")
+        self.sizes = field_sizes(sum(self.result.mechanisms[key].status not in out for key in keys))
         self.runners: dict[tuple[str, int], _Runner] = {}
 
     # -- the course of the race ----------------------------------------------------------------------------
@@ -330,6 +342,30 @@ class _Race:
                     f"too slow to race in this budget: a step takes {runner.step_seconds:.2g} s, "
                     f"the median mechanism's {usual:.2g} s",
                 )
+
+        self._fit_field()
+
+    def _fit_field(self) -> None:
+        """Keep as many as the first rung carries for `MIN_STEPS` steps: the baseline, then the fastest of each family.
+
+        Families take turns, so that every kind is there. The first few stay whatever they take.
+        """
+        left = shares(self.sizes, self.result.seeds)[0] * self._left()
+        by_family: dict[str, list[_Runner]] = {}
+        for runner in sorted(self._field(), key=lambda r: r.step_seconds):
+            by_family.setdefault(_family(runner.key), []).append(runner)
+        turns = zip_longest(*by_family.values())
+        order = [runner for turn in turns for runner in turn if runner is not None]
+        order.sort(key=lambda r: _family(r.key) != "baseline")  # stable: the others keep their turns
+        kept = 0
+        for runner in order:
+            cost = runner.step_seconds * MIN_STEPS
+            if kept < FINALISTS or cost <= left:
+                kept, left = kept + 1, left - cost
+                continue
+            said = f"left out: this budget gives {MIN_STEPS} steps to the fastest of each family, family by family"
+            self._end(runner.key, "refused", f"{said}; a larger budget or fewer mechanisms race it")
+        self.sizes = field_sizes(len(self.active))
 
     def _affordable(self, deadline: float, rounds: int) -> int:
         """Steps of the next of `rounds` equal rounds until `deadline`."""

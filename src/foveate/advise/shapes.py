@@ -6,6 +6,7 @@ among them; then memory is measured and floating point operations are counted.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +31,8 @@ from foveate.measure.timer import Interleaved, time_interleaved
 
 WORKLOAD = "shapes"
 MIN_REPEATS, MAX_REPEATS = 3, 15
+# One mechanism may take so many times its share of the seconds at the user's own size.
+LARGEST = 4.0
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Runner:
     points: list[dict[str, Any]]
     params: int = 0
     repeats: int = 0
+    left_out: bool = False
     fault: str = ""
     price: dict[str, Any] = field(default_factory=dict)
 
@@ -94,6 +98,7 @@ def _measure_size(
             point["core_gain"] = found.times[f"{key}/tiles"].median_ms / point["forward_ms"]
         runner.params, runner.repeats = subject.params, found.times[f"{key}/forward"].repeats
         runner.points.append(point)
+        runner.points.sort(key=lambda one: one["tokens"])
 
 
 def _backends(subjects: dict[str, Subject], inputs: dict[str, torch.Tensor]) -> dict[str, list[str]]:
@@ -151,7 +156,8 @@ def row_of(runner: Runner, dense: Runner | None) -> dict[str, Any]:
         add_ratios(point, reference.get(point["tokens"]))
     if runner.fault or not runner.points:
         reason = runner.fault or "the run ended before it was timed"
-        return empty_row(WORKLOAD, runner.key, "failed", reason, **said, points=runner.points)
+        status = "refused" if runner.left_out else "failed"
+        return empty_row(WORKLOAD, runner.key, status, reason, **said, points=runner.points)
     last = runner.points[-1]
     figures = {k: v for k, v in last.items() if k not in ("grid", "tokens", "batch")}
     exponent = fit_exponent(
@@ -190,7 +196,9 @@ def sweep(
         site: width, heads, device and dtype; its grid is the user's.
         ladder: sizes in rising order, the user's own last.
         batch: samples at once.
-        budget_s: seconds; a size that would likely overrun them by a third is left out, with a note.
+        budget_s: seconds. After the smallest size comes the user's own, which matters most; a mechanism that would
+            take much more than its share there is left out with the reason. A size between them that would likely
+            overrun the budget by a third is left out, with a note.
         put: takes each row, again after every size.
         emit: told of progress.
         seed: of parameters and inputs.
@@ -201,21 +209,20 @@ def sweep(
     runners = [Runner(a, [], price=price(a.facts, site)) for a in admissions]
     dense = next((r for r in runners if r.key == BASELINE), None)
     begin = time.perf_counter()
+    order = [*ladder[:1], *ladder[:0:-1][:1], *ladder[1:-1]]
     # Work grows at least like the number of tokens, for the baseline like its square: in between.
-    weights = [grid.numel**1.5 for grid in ladder]
+    weights = [grid.numel**1.5 for grid in order]
     done: list[Grid] = []
-    last = 0.0
-    for i, grid in enumerate(ladder):
+    for i, grid in enumerate(order):
         spent = time.perf_counter() - begin
         left = budget_s - spent
-        # Between linear and quadratic: few mechanisms are dense, but those weigh most.
-        owed = last * (grid.numel / ladder[i - 1].numel) ** 1.6 if i else 0.0
-        if i and owed > 1.3 * left:
-            sizes = ", ".join(grid_words(g) for g in ladder[i:])
+        if i == 1:
+            _leave_out(runners, grid, left)
+        elif i and _owed(runners, grid) > 1.3 * left:
+            sizes = ", ".join(grid_words(g) for g in order[i:])
             emit(Event("note", WORKLOAD, message=f"the time budget ended before {sizes}"))
             break
         share = weights[i] / sum(weights[i:])
-        begin_size = time.perf_counter()
 
         def tick(at: Grid = grid) -> None:
             gone = (time.perf_counter() - begin) / budget_s
@@ -228,8 +235,32 @@ def sweep(
         done.append(grid)
         for runner in runners:
             put(row_of(runner, dense))
-        # The least the next size can take is the minimum of rounds; extra rounds are not owed.
-        took = time.perf_counter() - begin_size
-        rounds = max((r.repeats for r in runners), default=MIN_REPEATS) or MIN_REPEATS
-        last = took * (MIN_REPEATS + 2) / (rounds + 2)
-    return done
+    return sorted(done, key=lambda grid: grid.numel)
+
+
+def _seconds(runner: Runner, grid: Grid) -> float:
+    """Predict what a mechanism takes at another size: warm-up, rounds, memory and FLOPs.
+
+    From its nearest point, growing between linear and quadratic: few mechanisms are dense, but those weigh most.
+    """
+    if not runner.points:
+        return 0.0
+    near = min(runner.points, key=lambda point: abs(math.log(point["tokens"] / grid.numel)))
+    return step_ms(near) / 1e3 * (grid.numel / near["tokens"]) ** 1.6 * (MIN_REPEATS + 3)
+
+
+def _owed(runners: list[Runner], grid: Grid) -> float:
+    return sum(_seconds(runner, grid) for runner in runners if not runner.fault)
+
+
+def _leave_out(runners: list[Runner], grid: Grid, left: float) -> None:
+    """Note on a mechanism that it would take more than `LARGEST` times its share of the seconds left."""
+    racing = [runner for runner in runners if not runner.fault]
+    most = LARGEST * max(left, 0.0) / max(len(racing), 1)
+    for runner in racing:
+        seconds = _seconds(runner, grid)
+        if seconds > most and runner.key != BASELINE:
+            runner.fault = (
+                f"left out at {grid_words(grid)}: about {seconds:.2g} s predicted, {most:.2g} s allowed"
+            )
+            runner.left_out = True
