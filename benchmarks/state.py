@@ -2,13 +2,14 @@
 
     python benchmarks/state.py [--steps 300] [--repeats 2] [--threads 2] [--out docs/img/state.svg]
 
-Networks that differ in their mixers only are trained on `recall` with as many pairs as fill half the sequence, by the
+Networks that differ in their mixers only are trained on `recall` with pairs that fill half the sequence, by the
 same recipe: linear attention that keeps one D x D matrix per head (lightning_attention, C / D heads: the narrower the
 heads, the smaller the state, with as many channels), causal windows that keep the last W keys and values, and full
 attention that keeps all. Bytes are float32, of one sample after the whole sequence, all layers together. Every network
 is trained until it answers 99.5% or the steps are over, `--repeats` times from different seeds with different data,
 `--threads` trainings at a time on one thread each. "half-way" is the accuracy after half the steps: where the last one
-is much higher, the network was still learning, and the figure is what it reached in this time and no capacity.
+is much higher, the network was still learning, and the figure is what it reached in this time, not what its state
+could hold.
 The run fails, and draws nothing, when full attention has not learned the task, as nothing could be said then.
 """
 
@@ -117,7 +118,7 @@ def train(rung: Rung, seed: int, options) -> Trained:
 
 
 def trained(rungs: list[Rung], options) -> dict[Rung, list[Trained]]:
-    """Train every network from every seed, the cheap ones last, so that no thread waits long at the end."""
+    """Train every network from every seed; the one that ends first comes last, so that no thread waits long."""
     jobs = [(rung, seed) for rung in rungs for seed in range(options.repeats)]
     if options.threads == 1:
         found = [train(rung, seed, options) for rung, seed in jobs]
