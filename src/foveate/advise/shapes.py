@@ -43,7 +43,7 @@ class Runner:
     points: list[dict[str, Any]]
     params: int = 0
     repeats: int = 0
-    left_out: bool = False
+    refused: bool = False
     fault: str = ""
     price: dict[str, Any] = field(default_factory=dict)
 
@@ -91,6 +91,7 @@ def _measure_size(
             point = _point(subject, found, inputs[key], site, batch)
         except Exception as error:
             runner.fault = f"at {grid_words(grid)}: {one_line(error)}"
+            runner.refused = isinstance(error, ArgumentError | UnsupportedError)
             continue
         if key in ran:
             point["backends"] = ran[key]
@@ -156,7 +157,7 @@ def row_of(runner: Runner, dense: Runner | None) -> dict[str, Any]:
         add_ratios(point, reference.get(point["tokens"]))
     if runner.fault or not runner.points:
         reason = runner.fault or "the run ended before it was timed"
-        status = "refused" if runner.left_out else "failed"
+        status = "refused" if runner.refused else "failed"
         return empty_row(WORKLOAD, runner.key, status, reason, **said, points=runner.points)
     last = runner.points[-1]
     figures = {k: v for k, v in last.items() if k not in ("grid", "tokens", "batch")}
@@ -263,4 +264,4 @@ def _leave_out(runners: list[Runner], grid: Grid, left: float) -> None:
             runner.fault = (
                 f"left out at {grid_words(grid)}: about {seconds:.2g} s predicted, {most:.2g} s allowed"
             )
-            runner.left_out = True
+            runner.refused = True
