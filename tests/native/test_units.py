@@ -53,7 +53,9 @@ def test_tiles_are_multiplied_in_order_and_given_back(built):
     assert listing.count("ldtilecfg") == listing.count("tilerelease") > 0
     others = [name for name in files if name not in ("amx", "dispatch")]
     for name in others:
-        listing = subprocess.run([objdump, "-d", files[name]], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            [objdump, "-d", files[name]], capture_output=True, text=True, check=True
+        ).stdout
         assert "tmm" not in listing
 
 

@@ -354,18 +354,31 @@ class _Race:
         by_family: dict[str, list[_Runner]] = {}
         for runner in sorted(self._field(), key=lambda r: r.step_seconds):
             by_family.setdefault(_family(runner.key), []).append(runner)
+        scoring = self._scoring_steps()
         turns = zip_longest(*by_family.values())
         order = [runner for turn in turns for runner in turn if runner is not None]
         order.sort(key=lambda r: _family(r.key) != "baseline")  # stable: the others keep their turns
         kept = 0
         for runner in order:
-            cost = runner.step_seconds * MIN_STEPS
+            cost = runner.step_seconds * (MIN_STEPS + ROUNDS * scoring)
             if kept < FINALISTS or cost <= left:
                 kept, left = kept + 1, left - cost
                 continue
             said = f"left out: this budget gives {MIN_STEPS} steps to the fastest of each family, family by family"
             self._end(runner.key, "refused", f"{said}; a larger budget or fewer mechanisms race it")
         self.sizes = field_sizes(len(self.active))
+
+    def _scoring_steps(self) -> float:
+        """How many steps one evaluation takes as long as: measured on the first of the field."""
+        field = self._field()
+        if not field or not field[0].step_seconds > 0:
+            return 0.0
+        begin = time.perf_counter()
+        try:
+            field[0].trainer.evaluate()
+        except Exception:
+            return 0.0  # it will say why when it is scored
+        return (time.perf_counter() - begin) / field[0].step_seconds
 
     def _affordable(self, deadline: float, rounds: int) -> int:
         """Steps of the next of `rounds` equal rounds until `deadline`."""
