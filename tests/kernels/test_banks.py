@@ -8,6 +8,7 @@ from foveate.core.grid import Grid
 from foveate.cost.explain import explain
 from foveate.kernels.attend import attend
 from foveate.kernels.banks import Bank, attend_banks, attend_groups, join_banks
+from foveate.kernels.cpu.library import absent
 from foveate.kernels.merge import merge
 from foveate.patterns.basic import Causal, Full
 from foveate.patterns.grids import Halo, Neighborhood
@@ -20,6 +21,8 @@ from foveate.scores.temperature import RowFactor, SoftCap
 
 B, H, N, D = 2, 4, 24, 8
 GRID = Grid(4, 6)
+
+BACKENDS = ("tiles", "sdpa") if absent() else ("tiles", "cpu", "sdpa")
 
 
 def draw(*shape, dtype=torch.float64):
@@ -106,7 +109,7 @@ def test_every_backend_serves_banks_in_single_precision(name):
     if name != "routed":
         out = attend_banks(q.float(), narrow)
         torch.testing.assert_close(out[..., :3], expected.float(), rtol=1e-4, atol=1e-5)
-    ours = [attend_banks(q.float(), narrow, backend=name) for name in ("tiles", "cpu", "sdpa")]
+    ours = [attend_banks(q.float(), narrow, backend=name) for name in BACKENDS]
     for out in ours[1:]:
         torch.testing.assert_close(out, ours[0], rtol=1e-4, atol=1e-5)
 
@@ -151,6 +154,7 @@ def test_scores_of_the_call_concern_all_banks():
     torch.testing.assert_close(ours, attend(q, k, v, weigh=Sigmoid(0.3), scale=0.1))
 
 
+@pytest.mark.skipif(absent() is not None, reason="the C++ core is not built")
 def test_the_core_knows_the_scores_of_a_bank_and_their_gradients():
     torch.manual_seed(0)
     q, k, v = (draw(B, H, N, D, dtype=torch.float32) for _ in range(3))
