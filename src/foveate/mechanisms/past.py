@@ -34,6 +34,23 @@ class State(NamedTuple):
     length: int
 
 
+class Decodes:
+    """A module that decodes: with `prefill(x, past)` it has `step` too."""
+
+    def step(self: Any, x: Float[Tensor, "b c"], past: Any = None) -> tuple[Float[Tensor, "b c"], Any]:
+        """Decode one token: `prefill` of a stretch of one.
+
+        Args:
+            x: the token.
+            past: what `prefill` or `step` returned of the tokens before; None for none.
+
+        Returns:
+            Its output (B, C), and the past for the next token.
+        """
+        out, past = self.prefill(x.unsqueeze(1), past)
+        return out.squeeze(1), past
+
+
 def length(past: tuple[Any, ...] | None) -> int:
     """Return how many tokens came before: the position of the next one."""
     if past is None:

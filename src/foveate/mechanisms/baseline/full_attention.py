@@ -15,7 +15,7 @@ from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
 from foveate.mechanisms.inputs import check_tokens
-from foveate.mechanisms.past import Past, extend
+from foveate.mechanisms.past import Decodes, Past, extend
 from foveate.mechanisms.projections import QKV, merge_heads
 from foveate.patterns.basic import Causal
 
@@ -31,7 +31,7 @@ from foveate.patterns.basic import Causal
     fidelity="paper",
     causal="optional",
 )
-class FullAttention(nn.Module):
+class FullAttention(Decodes, nn.Module):
     """Dense multi-head self-attention.
 
     Args:
@@ -78,11 +78,6 @@ class FullAttention(nn.Module):
         past = extend(past, Past(k, v))
         out = attend(q, *past, where=Causal(align="end"), backend=self.backend)
         return self.proj(merge_heads(out)), past
-
-    def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:
-        """Decode one token; the cost grows with how many came before."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def extra_repr(self) -> str:
         """Show the options."""

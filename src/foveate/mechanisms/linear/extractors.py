@@ -31,6 +31,7 @@ from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.fir import FIRForm, causal_fir
 from foveate.mechanisms.inputs import check_heads, check_tokens
+from foveate.mechanisms.past import Decodes
 
 Variant = Literal["she", "he", "we", "me"]
 
@@ -54,7 +55,7 @@ class Window(NamedTuple):
     causal="always",
     limits="Reconstructed. Always causal, row-major on a grid; sees the latest `length` tokens, fixed in advance.",
 )
-class Extractor(nn.Module):
+class Extractor(Decodes, nn.Module):
     """Sum over the past with weights per distance, adjusted by the present token.
 
     Args:
@@ -140,13 +141,6 @@ class Extractor(nn.Module):
         if self.adjust is not None and self.proj is not None:
             out = self.proj(out * self.adjust(x))
         return out, past
-
-    def step(
-        self, x: Float[Tensor, "b c"], past: Window | None = None
-    ) -> tuple[Float[Tensor, "b c"], Window]:
-        """Decode one token; the cost does not depend on how many came before."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def extra_repr(self) -> str:
         """Show the options."""

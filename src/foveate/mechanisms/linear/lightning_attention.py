@@ -23,7 +23,7 @@ from foveate.core.registry import system
 from foveate.kernels.scan.api import Backend
 from foveate.mechanisms.decay import carry_on, layer_slopes
 from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.past import State
+from foveate.mechanisms.past import Decodes, State
 from foveate.mechanisms.projections import QKV, merge_heads
 
 
@@ -40,7 +40,7 @@ from foveate.mechanisms.projections import QKV, merge_heads
     causal="always",
     limits="Always causal: on a grid tokens see what comes before them in row-major order.",
 )
-class LightningAttention(nn.Module):
+class LightningAttention(Decodes, nn.Module):
     """Decayed linear attention with a norm and a low-rank output gate.
 
     Args:
@@ -104,11 +104,6 @@ class LightningAttention(nn.Module):
         q, k, v = (silu(y) for y in self.qkv(x))
         out, past = carry_on(q, k, v, self.slopes, past, backend=self.backend, chunk=self.chunk)
         return self.proj(self.norm(merge_heads(out)) * self.gate(x).sigmoid()), past
-
-    def step(self, x: Float[Tensor, "b c"], past: State | None = None) -> tuple[Float[Tensor, "b c"], State]:
-        """Decode one token; the cost does not depend on how many came before."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def extra_repr(self) -> str:
         """Show the options."""

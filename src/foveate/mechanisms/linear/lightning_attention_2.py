@@ -25,7 +25,7 @@ from foveate.core.registry import system
 from foveate.kernels.scan.api import Backend
 from foveate.mechanisms.decay import carry_on, decayed_attention, layer_slopes
 from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.past import State
+from foveate.mechanisms.past import Decodes, State
 from foveate.mechanisms.projections import QKV, merge_heads
 
 # The operator is what the paper publishes.
@@ -46,7 +46,7 @@ lightning_attention_2 = decayed_attention
     causal="always",
     limits="Always causal: on a grid tokens see what comes before them in row-major order.",
 )
-class LightningAttention2(nn.Module):
+class LightningAttention2(Decodes, nn.Module):
     """Decayed linear attention with projections and the norm it needs.
 
     Args:
@@ -106,11 +106,6 @@ class LightningAttention2(nn.Module):
         q, k, v = self.qkv(x)
         out, past = carry_on(silu(q), silu(k), v, self.slopes, past, backend=self.backend, chunk=self.chunk)
         return self.proj(self.norm(merge_heads(out))), past
-
-    def step(self, x: Float[Tensor, "b c"], past: State | None = None) -> tuple[Float[Tensor, "b c"], State]:
-        """Decode one token; the cost does not depend on how many came before."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def extra_repr(self) -> str:
         """Show the options."""

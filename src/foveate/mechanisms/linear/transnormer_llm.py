@@ -29,7 +29,7 @@ from foveate.kernels.scan.api import Backend
 from foveate.mechanisms.decay import carry_on, layer_slopes
 from foveate.mechanisms.inputs import check_heads, check_tokens
 from foveate.mechanisms.norms import SimpleRMSNorm
-from foveate.mechanisms.past import State, length
+from foveate.mechanisms.past import Decodes, State, length
 from foveate.mechanisms.projections import merge_heads, split_heads
 from foveate.scores.lrpe import lrpe, lrpe_angles
 
@@ -47,7 +47,7 @@ from foveate.scores.lrpe import lrpe, lrpe_angles
     causal="always",
     limits="Always causal: on a grid tokens see what comes before them in row-major order.",
 )
-class NormLinearAttention(nn.Module):
+class NormLinearAttention(Decodes, nn.Module):
     """The token mixer (NLA); `TransNormerLayer` is the whole layer, `models.language.transnormer_llm` the model.
 
     Args:
@@ -137,11 +137,6 @@ class NormLinearAttention(nn.Module):
         out, past = carry_on(q, k, v, self.slopes, past, backend=self.backend, chunk=self.chunk)
         return self.proj(u * self.norm(merge_heads(out))), past
 
-    def step(self, x: Float[Tensor, "b c"], past: State | None = None) -> tuple[Float[Tensor, "b c"], State]:
-        """Decode one token; the cost does not depend on how many came before."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
-
     def extra_repr(self) -> str:
         """Show the options."""
         return (
@@ -170,7 +165,7 @@ class SGLU(nn.Module):
         return self.l3(self.l1(x) * self.l2(x))
 
 
-class TransNormerLayer(nn.Module):
+class TransNormerLayer(Decodes, nn.Module):
     """One layer: x + NLA(norm(x)), then x + SGLU(norm(x)).
 
     Args:
@@ -206,8 +201,3 @@ class TransNormerLayer(nn.Module):
         mixed, past = self.mixer.prefill(self.norm_mixer(x), past, present=present)
         x = x + mixed
         return x + self.mlp(self.norm_mlp(x)), past
-
-    def step(self, x: Float[Tensor, "b c"], past: State | None = None) -> tuple[Float[Tensor, "b c"], State]:
-        """Apply the layer to one token."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past

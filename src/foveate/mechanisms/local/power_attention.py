@@ -22,7 +22,7 @@ from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
 from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.past import Past, extend
+from foveate.mechanisms.past import Decodes, Past, extend
 from foveate.mechanisms.projections import merge_heads, split_heads
 from foveate.patterns.power import PowerBlocks
 
@@ -67,7 +67,7 @@ def power_attention(
     "blocks only at power-of-two distances; a network needs about log2(N / b) layers to reach all. All keys are "
     "kept when decoding, as later queries come back to them.",
 )
-class PowerAttention(nn.Module):
+class PowerAttention(Decodes, nn.Module):
     """Causal multi-head attention over blocks at power-of-two distances, for training and decoding.
 
     Args:
@@ -131,11 +131,6 @@ class PowerAttention(nn.Module):
         q = split_heads(q, self.heads)
         out = attend(q, past.k, past.v, where=self.where, scale=self.scale, backend=self.backend)
         return self.proj(merge_heads(out)), past
-
-    def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:
-        """Decode one token; it reads O(log N) blocks of the past."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def extra_repr(self) -> str:
         """Show the options."""

@@ -27,7 +27,7 @@ from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
 from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.past import extend, length
+from foveate.mechanisms.past import Decodes, extend, length
 from foveate.mechanisms.projections import merge_heads, split_heads
 from foveate.patterns.basic import Causal
 from foveate.patterns.pattern import check_int
@@ -168,7 +168,7 @@ class DynamicPast(NamedTuple):
     limits="Always causal: on a grid tokens see what comes before them in row-major order. A key's worth is the "
     "same for every query, so what is dropped is lost to all of a group's heads.",
 )
-class DynamicMaskAttention(nn.Module):
+class DynamicMaskAttention(Decodes, nn.Module):
     """Causal attention to the keys whose values say they are worth it.
 
     Args:
@@ -260,13 +260,6 @@ class DynamicMaskAttention(nn.Module):
         """
         q, past = self._project(x, past)
         return self.proj(merge_heads(self._attend(q, past, past.v, present, visible))), past
-
-    def step(
-        self, x: Float[Tensor, "b c"], past: DynamicPast | None = None
-    ) -> tuple[Float[Tensor, "b c"], DynamicPast]:
-        """Decode one token."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def maps(
         self, x: Float[Tensor, "b n c"], *, visible: Bool[Tensor, "..."] | None = None

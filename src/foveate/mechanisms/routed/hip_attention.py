@@ -27,7 +27,7 @@ from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
 from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.past import Past, extend, length
+from foveate.mechanisms.past import Decodes, Past, extend, length
 from foveate.mechanisms.projections import merge_heads, split_heads
 from foveate.patterns.pattern import check_int
 from foveate.patterns.selection import Selection
@@ -155,7 +155,7 @@ def hip_selection(
     limits="Always causal: on a grid tokens see what comes before them in row-major order. With block_q > 1 which "
     "keys a query sees depends on later queries of its block. The choice gets no gradient.",
 )
-class HiPAttention(nn.Module):
+class HiPAttention(Decodes, nn.Module):
     """Causal attention to keys found by a hierarchical search, with projections and rotary embedding.
 
     Args:
@@ -244,11 +244,6 @@ class HiPAttention(nn.Module):
         q, k = rotary(split_heads(q, self.heads), at), rotary(split_heads(k, self.kv_heads), at)
         past = extend(past, Past(k, split_heads(v, self.kv_heads)))
         return self.proj(merge_heads(hip_attention(q, *past, backend=self.backend, **self.search))), past
-
-    def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:
-        """Decode one token, which searches alone: as the forward pass does when block_q is 1."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def extra_repr(self) -> str:
         """Show the options."""

@@ -25,7 +25,7 @@ from foveate.core.registry import system
 from foveate.kernels.attend import attend
 from foveate.kernels.merge import merge
 from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.past import Past, extend
+from foveate.mechanisms.past import Decodes, Past, extend
 from foveate.mechanisms.projections import merge_heads, split_heads
 from foveate.patterns.basic import SlidingWindow
 from foveate.patterns.pattern import check_int
@@ -105,7 +105,7 @@ def attend_spans(
     limits="Always causal: on a grid tokens see what comes before them in row-major order. Knows no positions "
     "but the order that causality gives.",
 )
-class SuperlinearAttention(nn.Module):
+class SuperlinearAttention(Decodes, nn.Module):
     """Two-step attention with projections.
 
     Args:
@@ -191,11 +191,6 @@ class SuperlinearAttention(nn.Module):
         past = extend(past, Past(k, v))
         options = {"spans": self.spans, "present": present, "backend": self.backend}
         return self.proj(merge_heads(superlinear_attention(q1, q2, *past, self.stripe, **options))), past
-
-    def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:
-        """Decode one token."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def extra_repr(self) -> str:
         """Show the options."""

@@ -32,7 +32,7 @@ from foveate.mechanisms.aggregated import AggregatedAttention, CosineAttention
 from foveate.mechanisms.auxiliary import with_loss
 from foveate.mechanisms.head_router import Gates, HeadRouter, attend_chosen, check_routing, gated
 from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.past import Past, extend, length
+from foveate.mechanisms.past import Decodes, Past, extend, length
 from foveate.mechanisms.projections import merge_heads, split_heads
 from foveate.patterns.basic import Causal
 from foveate.patterns.pattern import check_int
@@ -136,7 +136,7 @@ def _balanced(module: nn.Module, out: Tensor, gates: Gates) -> Tensor:
     return with_loss(out, weight * gates.balance) if module.training and weight else out  # type: ignore
 
 
-class NormRoutedHeads(nn.Module):
+class NormRoutedHeads(Decodes, nn.Module):
     """Causal attention, with rotary positions, in which a token takes the heads with the longest queries.
 
     Args:
@@ -221,11 +221,6 @@ class NormRoutedHeads(nn.Module):
         else:
             out = attend_chosen(q, past.k, past.v, chosen, where=where, backend=self.backend)
         return self.proj(merge_heads(out)), past
-
-    def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:
-        """Decode one token."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def extra_repr(self) -> str:
         """Show the options."""

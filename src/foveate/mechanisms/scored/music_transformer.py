@@ -23,7 +23,7 @@ from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import apply, attend
 from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.past import Past, extend
+from foveate.mechanisms.past import Decodes, Past, extend
 from foveate.mechanisms.projections import QKV, merge_heads
 from foveate.patterns.basic import Causal
 from foveate.patterns.offsets import Spans
@@ -122,7 +122,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, block: int) ->
     dims=(1,),
     limits="Distances beyond max_distance look all alike; value_table stores the N x N weights.",
 )
-class RelativeGlobalAttention(nn.Module):
+class RelativeGlobalAttention(Decodes, nn.Module):
     """Relative attention with projections.
 
     Args:
@@ -222,11 +222,6 @@ class RelativeGlobalAttention(nn.Module):
         q, k, v = self.qkv(x)
         past = extend(past, Past(k, v))
         return self._mix(q, past.k, past.v, None), past
-
-    def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:
-        """Decode one token."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = relative_attention(

@@ -33,7 +33,7 @@ from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
 from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.past import Past, extend, length
+from foveate.mechanisms.past import Decodes, Past, extend, length
 from foveate.mechanisms.projections import merge_heads, split_heads
 from foveate.patterns.basic import Causal
 from foveate.patterns.pattern import check_int
@@ -103,7 +103,7 @@ class PositionTemperature(nn.Module):
     limits="As many pairs as full attention: temperatures change how sharp it is, not what it costs. The authors' "
     "vectors cover the position part; the token part follows the paper's text.",
 )
-class SelectiveSelfAttention(nn.Module):
+class SelectiveSelfAttention(Decodes, nn.Module):
     """Multi-head attention with a temperature per query and a scale per value.
 
     Args:
@@ -200,11 +200,6 @@ class SelectiveSelfAttention(nn.Module):
         if not self.causal:
             raise bad("causal", False, "True for decoding", "Later tokens would change what came before.")
         return self._mix(x, past)
-
-    def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:
-        """Decode one token."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def _mix(self, x: Tensor, past: Past | None) -> tuple[Tensor, Past]:
         before, n = length(past), x.shape[1]

@@ -21,7 +21,7 @@ from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
 from foveate.mechanisms.inputs import check_heads, check_tokens
-from foveate.mechanisms.past import Past, extend
+from foveate.mechanisms.past import Decodes, Past, extend
 from foveate.mechanisms.projections import QKV, merge_heads
 from foveate.patterns.basic import Causal
 from foveate.scores.after import After, Multiply
@@ -85,7 +85,7 @@ class UniversalPosition(nn.Module):
     dims=(1,),
     limits="Factors after the softmax need the weights themselves: fast kernels that never store them cannot serve it.",
 )
-class UniversalRelativeAttention(nn.Module):
+class UniversalRelativeAttention(Decodes, nn.Module):
     """Attention with relative biases before and Toeplitz factors after the softmax.
 
     Args:
@@ -171,11 +171,6 @@ class UniversalRelativeAttention(nn.Module):
         q, k, v = self.qkv(x)
         past = extend(past, Past(k, v))
         return self._mix(q, past.k, past.v, None, None), past
-
-    def step(self, x: Float[Tensor, "b c"], past: Past | None = None) -> tuple[Float[Tensor, "b c"], Past]:
-        """Decode one token."""
-        out, past = self.prefill(x.unsqueeze(1), past)
-        return out.squeeze(1), past
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, position: Terms | None, mask: Tensor | None) -> Tensor:
         if (position is None) == (self.position is None):
