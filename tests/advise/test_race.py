@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.advise import race as race_module
-from foveate.advise.race import field_sizes, race, shares
+from foveate.advise.field import FINALISTS, GROWTH, MIN_STEPS, field_sizes, fitting, shares
+from foveate.advise.race import race
 from foveate.advise.records import RaceResult
 from foveate.core.errors import ArgumentError
 from foveate.tasks import train as train_module
@@ -56,13 +57,35 @@ def test_fields_shrink_to_the_finalists(n, finalists):
     assert sizes[0] == n
     assert sizes[-1] == min(n, finalists)
     assert sorted(set(sizes), reverse=True) == sizes
-    assert len(sizes) in race_module.GROWTH
+    assert len(sizes) in GROWTH
 
 
 def test_shares_leave_time_for_the_finalists_seeds():
     assert shares([3], 3) == [1.0]
     # 12 + 6 * 0.25 + (3 * 0.25 + 2 * 3 * 1.5): the last rung takes whatever is left.
     assert shares([12, 6, 3], 3) == pytest.approx([12 / 23.25, 1.5 / 11.25, 1.0])
+
+
+@given(st.dictionaries(st.sampled_from("abcdefgh"), st.floats(0.1, 9.0), min_size=1), st.floats(0.0, 30.0))
+def test_a_field_fits_its_time_beyond_the_finalists(seconds, left):
+    def family(key):
+        return "baseline" if key == "d" else str(ord(key) % 3)
+
+    kept = fitting(seconds, left, family)
+    assert len(kept) == len(set(kept)) >= min(FINALISTS, len(seconds))
+    assert sum(seconds[key] for key in kept) <= left + 1e-9 or len(kept) == min(FINALISTS, len(seconds))
+    assert ("d" in seconds) == (kept[0] == "d")
+    turn = {family(key) for key in kept if key != "d"}
+    waiting = {family(key) for key in seconds if key != "d"} - turn
+    # No family sends two while another that would have been no dearer sends nobody.
+    assert (
+        not waiting
+        or len(turn) == 0
+        or all(
+            min(seconds[k] for k in seconds if family(k) == name) > left - sum(seconds[k] for k in kept)
+            for name in waiting
+        )
+    )
 
 
 def test_a_race_keeps_equal_steps_and_records_refusals_and_failures():
@@ -94,7 +117,7 @@ def test_a_race_keeps_equal_steps_and_records_refusals_and_failures():
 
 
 def test_halving_cuts_at_equal_steps(monkeypatch):
-    monkeypatch.setattr(race_module, "FINALISTS", 1)
+    monkeypatch.setattr(race_module, "fitting", lambda *given: fitting(*given, finalists=1))
     monkeypatch.setattr(race_module, "field_sizes", lambda n: field_sizes(n, 1))
     result = run(["nothing", "dense", "mean"], budget_s=8.0)
     rows = result.mechanisms
@@ -198,10 +221,10 @@ def test_a_budget_races_as_many_as_it_gives_enough_steps(monkeypatch):
 
     found = run(keys, build=make, budget_s=8.0)
     out = [key for key, record in found.mechanisms.items() if record.status == "refused"]
-    assert 0 < len(out) <= len(keys) - race_module.FINALISTS
+    assert 0 < len(out) <= len(keys) - FINALISTS
     assert all("left out: this budget gives 40 steps" in found.mechanisms[key].reason for key in out)
     raced = [key for key in keys if key not in out]
     assert {race_module._family(key) for key in raced} == {"odd", "even"}
-    assert all(found.mechanisms[key].steps >= 0.7 * race_module.MIN_STEPS for key in raced)
+    assert all(found.mechanisms[key].steps >= 0.7 * MIN_STEPS for key in raced)
     everybody = run(keys, build=make, budget_s=18.0)
     assert not [r for r in everybody.mechanisms.values() if r.status == "refused"]

@@ -14,15 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Literal
 
 import torch
 
-from foveate.advise.ranking import Scored, pooled_sd, quality_error, survivors
+from foveate.advise.field import MIN_STEPS, field_sizes, fitting, shares
+from foveate.advise.ranking import Scored, survivors
 from foveate.advise.records import CurvePoint, MechanismResult, RaceResult
+from foveate.advise.summary import summarise
 from foveate.core.errors import ArgumentError, UnknownNameError, UnsupportedError, bad
 from foveate.core.registry import get_system
 from foveate.models import backbone
@@ -30,15 +31,9 @@ from foveate.models.backbone import Backbone, NetSpec
 from foveate.tasks.train import Trainer
 from foveate.tasks.workload import Workload
 
-# Where the rungs of a race should end, in steps relative to the first rung's end. The first rung gets most:
-# what is far apart in an image is learned later than what is near, and who learns it must not be cut before.
-GROWTH = {1: (1.0,), 2: (1.0, 1.4), 3: (1.0, 1.25, 1.5)}
 ROUNDS = 2
-FINALISTS = 3
 # Steps that tell how long a step takes, before anything is planned.
 CALIBRATION = 3
-# Fewer steps tell nothing: a budget that cannot give them to all races as many as it can give them to.
-MIN_STEPS = 40
 # A single mechanism may not need more than this share of the first rung for its part of it.
 LARGEST_SHARE = 0.5
 
@@ -88,32 +83,6 @@ class _Runner:
     trainer: Trainer
     step_seconds: float = math.nan
     eval_seconds: float = 0.0
-
-
-def field_sizes(n: int, finalists: int = FINALISTS) -> list[int]:
-    """Return how many mechanisms stand in each rung: all, half, finalists; rungs that cut nobody are omitted.
-
-    Examples:
-        >>> field_sizes(12), field_sizes(5), field_sizes(3)
-        ([12, 6, 3], [5, 3], [3])
-    """
-    sizes = [n]
-    if n > 2 * finalists:
-        sizes.append(math.ceil(n / 2))
-    if n > finalists:
-        sizes.append(finalists)
-    return sizes
-
-
-def shares(sizes: Sequence[int], seeds: int) -> list[float]:
-    """Return each rung's share of the time that is left when it starts, so that steps grow as `GROWTH` says.
-
-    The finalists' further seeds start from nothing and must catch up in the last rung.
-    """
-    ends = (0.0, *GROWTH[len(sizes)])
-    costs = [n * (end - before) for n, before, end in zip(sizes, ends, ends[1:], strict=False)]
-    costs[-1] += (seeds - 1) * sizes[-1] * ends[-1]
-    return [cost / sum(costs[i:]) for i, cost in enumerate(costs)]
 
 
 def race(
@@ -346,26 +315,15 @@ class _Race:
         self._fit_field()
 
     def _fit_field(self) -> None:
-        """Keep as many as the first rung carries for `MIN_STEPS` steps: the baseline, then the fastest of each family.
-
-        Families take turns, so that every kind is there. The first few stay whatever they take.
-        """
+        """Leave out whom the first rung cannot carry."""
         left = shares(self.sizes, self.result.seeds)[0] * self._left()
-        by_family: dict[str, list[_Runner]] = {}
-        for runner in sorted(self._field(), key=lambda r: r.step_seconds):
-            by_family.setdefault(_family(runner.key), []).append(runner)
-        scoring = self._scoring_steps()
-        turns = zip_longest(*by_family.values())
-        order = [runner for turn in turns for runner in turn if runner is not None]
-        order.sort(key=lambda r: _family(r.key) != "baseline")  # stable: the others keep their turns
-        kept = 0
-        for runner in order:
-            cost = runner.step_seconds * (MIN_STEPS + ROUNDS * scoring)
-            if kept < FINALISTS or cost <= left:
-                kept, left = kept + 1, left - cost
-                continue
-            said = f"left out: this budget gives {MIN_STEPS} steps to the fastest of each family, family by family"
-            self._end(runner.key, "refused", f"{said}; a larger budget or fewer mechanisms race it")
+        steps = MIN_STEPS + ROUNDS * self._scoring_steps()
+        kept = fitting({r.key: r.step_seconds * steps for r in self._field()}, left, _family)
+        said = (
+            f"left out: this budget gives {MIN_STEPS} steps to the fastest of each family, family by family"
+        )
+        for key in [key for key in self.active if key not in kept]:
+            self._end(key, "refused", f"{said}; a larger budget or fewer mechanisms race it")
         self.sizes = field_sizes(len(self.active))
 
     def _scoring_steps(self) -> float:
@@ -459,35 +417,9 @@ class _Race:
         self._say(status, key, reason, record)
 
     def _tidy(self) -> None:
-        """Recompute the summaries of all records from their curves."""
+        """Bring the time spent and the summaries of all records up to date."""
         self.result.spent_s = self._elapsed()
-        for record in self.result.mechanisms.values():
-            self._summarise(record)
-        groups = [[p.quality for p in r.at(r.steps)] for r in self.result.mechanisms.values() if r.measured]
-        self.result.seed_sd = pooled_sd(groups)
-        for record in self.result.mechanisms.values():
-            if record.measured:
-                errors = [p.quality_se for p in record.at(record.steps)]
-                record.quality_se = quality_error(errors, self.result.seed_sd)
-
-    def _summarise(self, record: MechanismResult) -> None:
-        """Set the quality: at the last step all its seeds have, if possible one that the whole field has."""
-        if not record.curve:
-            return
-        running = record.status in ("running", "interrupted")
-        most = max(len(record.at(p.step)) for p in record.curve)
-        steps = {p.step for p in record.curve if len(record.at(p.step)) == most}
-        if running:
-            peers = [self.result.mechanisms[key] for key in self.active]
-            common = steps.intersection(*({p.step for p in peer.curve} for peer in peers if peer.curve))
-            steps = common or steps
-        record.steps = max(steps)
-        points = record.at(record.steps)
-        record.seeds = sorted(p.seed for p in points)
-        record.seconds = sum(p.seconds for p in points) / len(points)
-        record.quality = sum(p.quality for p in points) / len(points)
-        names = points[0].parts
-        record.parts = {name: sum(p.parts[name] for p in points) / len(points) for name in names}
+        summarise(self.result, self.active)
 
     def _path(self, key: str, seed: int) -> Path | None:
         return None if self.checkpoints is None else self.checkpoints / f"{key}-{seed}.pt"
