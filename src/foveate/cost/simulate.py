@@ -143,7 +143,9 @@ class _Search:
                 if seen < fewest:
                     fewest = seen
                     front.append((stride, seen, every, perfect))
-                if perfect:
+                # Every query needs `window` keys whatever the stride: nothing visits less than what wastes nothing.
+                # A causal one leaves out what comes after it, and how much that is depends on the stride.
+                if perfect and not rule[3]:
                     break
             self._fronts[key] = front
         return self._fronts[key]
