@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from foveate.core.errors import ArgumentError
 from foveate.kernels.attend import attend
-from foveate.kernels.merge import merge
+from foveate.kernels.merge import merge, merge_shares
 
 
 @given(cuts=st.lists(st.integers(0, 9), max_size=4))
@@ -78,3 +78,17 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ArgumentError, match=message):
             merge(outs, lses)
+
+
+def test_shares_add_up_to_one_and_are_zero_where_nobody_has_a_key():
+    lses = torch.randn(3, 2, 4, 5, dtype=torch.float64)
+    lses[:, 0, 1, 2] = float("-inf")
+    lses[1, 1] = float("-inf")
+    shares, lse = merge_shares(lses.unbind(0))
+    torch.testing.assert_close(lse, lses.logsumexp(0))
+    total = torch.ones_like(lse)
+    total[0, 1, 2] = 0
+    torch.testing.assert_close(shares.sum(0), total)
+    assert (shares[1, 1] == 0).all()
+    outs = torch.randn(3, 2, 4, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(merge(outs.unbind(0), lses.unbind(0))[0], (outs * shares[..., None]).sum(0))

@@ -48,7 +48,28 @@ def merge(
         if lse.shape != shape[:-1]:
             hint = "It is the second result of attend(..., return_lse=True)."
             raise bad(f"lses[{i}]", tuple(lse.shape), f"{tuple(shape[:-1])}", hint)
-    logs = torch.stack(lses)
+    shares, lse = merge_shares(lses)
+    first, *rest = shares.unsqueeze(-1).unbind(0)
+    total = outs[0].to(first.dtype) * first
+    for out, share in zip(outs[1:], rest, strict=True):
+        total = torch.addcmul(total, out.to(share.dtype), share)
+    return total.to(outs[0].dtype), lse
+
+
+def merge_shares(
+    lses: Sequence[Float[Tensor, "*rows"]],
+) -> tuple[Float[Tensor, "pieces *rows"], Float[Tensor, "*rows"]]:
+    """Return how much each piece counts in the result over all keys, and the lse of that result.
+
+    For those who weigh pieces further before adding them up; `merge` is the sum of shares * outs.
+
+    Args:
+        lses: one per piece, of equal shape.
+
+    Returns:
+        shares, which add up to 1, or are 0 where no piece has a key; the natural-log lse, -inf there.
+    """
+    logs = torch.stack(list(lses))
     # The maximum only keeps exp() in range: a constant, at every order of differentiation.
     top = logs.detach().amax(0)
     top = top.masked_fill(top == NEG_INF, 0.0)
@@ -56,6 +77,4 @@ def merge(
     total = shares.sum(0)
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
-    share = (shares / total).unsqueeze(-1)
-    out = (torch.stack([out.to(share.dtype) for out in outs]) * share).sum(0)
-    return out.to(outs[0].dtype), (top + total.log()).masked_fill(empty, NEG_INF)
+    return shares / total, (top + total.log()).masked_fill(empty, NEG_INF)

@@ -21,8 +21,12 @@ from foveate.patterns.cells import Cells, cells_of
 from foveate.patterns.pattern import check_int
 from foveate.patterns.selection import Selection
 
-# Numbers gathered at a time.
-_CHUNK = 1 << 22
+# Numbers gathered at a time, and numbers of a product that is summed up at once.
+_CHUNK, _TEMPORARY = 1 << 22, 1 << 18
+# From so many queries on anchors are read as slices and not gathered.
+_SLICED = 32
+# Queries of a cell, and rows of its mask made at a time.
+_QUERIES, _ROWS = 64, 1024
 # Score of a place that no anchor fills: no share beside any real score, equal shares where all are missing.
 ABSENT = -1e9
 # Queries are cut into parts, so that early ones with short spans are not padded to the longest.
@@ -158,37 +162,71 @@ def search_spans(
 def _best_anchors(
     q: Tensor, k: Tensor, at: Tensor, stripe: Stripe, spans: int, present: Tensor | None
 ) -> Int[Tensor, "b h n_q spans"]:
+    """Return the anchors with the largest products, best first, -1 where there are fewer."""
     b, h, n_q, d = q.shape
-    best = q.new_full((b, h, n_q, spans), float("-inf"))
+    # From the farthest on, as the first of equals is taken. Rounded powers could bring the nearest into the window.
+    far = [x for x in stripe.distances(k.shape[2])[::-1] if x > stripe.window]
     anchor = torch.full((b, h, n_q, spans), -1, device=q.device)
-    # From the farthest on, some stripes at a time; a stable order then leaves the farthest first among equals.
-    far, window = stripe.distances(k.shape[2])[::-1], stripe.window
-    far = torch.tensor(far, dtype=torch.long, device=q.device)
-    grouped = q.unflatten(1, (k.shape[1], -1))
-    for some in far.split(max(1, _CHUNK // max(b * h * n_q * d, 1))):
-        place = at[:, None] + 1 - some
-        rows = k[:, :, place.clamp(min=0)]
-        scores = torch.einsum("bkgnd,bknsd->bkgns", grouped, rows).flatten(1, 2)
-        # Rounded powers could bring the nearest stripe into the window.
-        valid = (place >= 0) & (place <= at[:, None] - window)
+    if not far:
+        return anchor
+    sliced = n_q >= _SLICED and not torch.compiler.is_compiling()
+    held = len(far) * (1 if sliced else d)
+    rows = max(1, min(_CHUNK // max(b * h * held, 1), _TEMPORARY // max(b * h * d, 1) if sliced else n_q))
+    distance = torch.tensor(far, dtype=torch.long, device=q.device)
+    for low in range(0, n_q, rows):
+        some = q[:, :, low : low + rows]
+        place = at[low : low + rows, None] + 1 - distance
+        if sliced:
+            scores = _sliced_scores(some, k, k.shape[2] - n_q + low, far)
+        else:
+            scores = _gathered_scores(some, k, place)
         if present is not None:
-            valid = (present[:, place.clamp(min=0)] & valid)[:, None]
-        scores = scores.masked_fill(~valid, float("-inf"))
-        every = torch.cat([best, scores], dim=-1)
-        places = torch.cat([anchor, place.expand(scores.shape)], dim=-1)
-        order = every.sort(dim=-1, descending=True, stable=True).indices[..., :spans]
-        best, anchor = every.gather(-1, order), places.gather(-1, order)
-    return torch.where(best == float("-inf"), -1, anchor)
+            scores = scores.masked_fill(~present[:, place.clamp(min=0)][:, None], float("-inf"))
+        for j in range(min(spans, len(far))):
+            best, index = scores.max(dim=-1, keepdim=True)
+            found = at[low : low + rows, None] + 1 - distance[index]
+            anchor[:, :, low : low + rows, j : j + 1] = torch.where(best == float("-inf"), -1, found)
+            scores = scores.scatter_(-1, index, float("-inf"))
+    return anchor
+
+
+def _sliced_scores(q: Tensor, k: Tensor, first: int, far: list[int]) -> Float[Tensor, "b h n_q s"]:
+    """Return the products with every anchor, -inf before the first key: consecutive queries have consecutive anchors.
+
+    Query 0 stands at key `first`.
+    """
+    b, h, n_q, _ = q.shape
+    q, k = q.unflatten(1, (k.shape[1], -1)), k.unsqueeze(2)
+    scores = q.new_full((len(far), b, h, n_q), float("-inf"))
+    for line, distance in zip(scores, far, strict=True):
+        start = max(distance - 1 - first, 0)  # the first query with such an anchor
+        if start < n_q:
+            keys = k[:, :, :, first + start + 1 - distance : first + n_q + 1 - distance]
+            line[:, :, start:] = (q[:, :, :, start:] * keys).sum(-1).flatten(1, 2)
+    return scores.permute(1, 2, 3, 0).contiguous()
+
+
+def _gathered_scores(q: Tensor, k: Tensor, place: Int[Tensor, "n_q s"]) -> Float[Tensor, "b h n_q s"]:
+    """Return the products with the anchors at `place`, -inf before the first key."""
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("bkgnd,bknsd->bkgns", grouped, k[:, :, place.clamp(min=0)]).flatten(1, 2)
+    return scores.masked_fill(place < 0, float("-inf"))
 
 
 def _rows(k: Float[Tensor, "b h_kv n d"], ids: Int[Tensor, "b h n_q s"], heads: int) -> Tensor:
-    batch = torch.arange(k.shape[0], device=k.device)[:, None, None, None]
-    head = torch.arange(heads, device=k.device)[:, None, None] // (heads // k.shape[1])
-    return k[batch, head, ids]
+    b, h_kv, n, d = k.shape
+    head = torch.arange(heads, device=k.device) // (heads // h_kv)
+    first = (torch.arange(b, device=k.device)[:, None] * h_kv + head) * n
+    # One index into one line of rows: its gradient is added up row by row, not number by number.
+    rows = k.reshape(-1, d).index_select(0, (ids + first[..., None, None]).flatten())
+    return rows.view(*ids.shape, d)
 
 
 def select_spans(found: Spans, n_k: int, stripe: Stripe) -> Selection:
     """Return the selection in which, for head h * k + j, every query sees its span j of head h.
+
+    Queries whose spans begin near one another share a cell, so that keys are read once for up to 64 of them; few
+    queries get a cell each.
 
     Args:
         found: spans of (B, H, N_q, k).
@@ -196,6 +234,18 @@ def select_spans(found: Spans, n_k: int, stripe: Stripe) -> Selection:
         stripe: bounds the length of spans without looking at them.
     """
     start, end = (x.transpose(2, 3).flatten(1, 2) for x in (found.start, found.end))  # (b, h * k, n_q)
+    n_q = start.shape[2]
+    longest = stripe.longest(n_k)
+    # Half a span: wider buckets fill their cells better, and add more keys to all of them.
+    width = max(longest // 2, 16)
+    # Buckets without enough queries would leave cells emptier than those of single queries.
+    if n_q * width < 8 * n_k or not start.numel():
+        return _single_cells(start, end, n_k, stripe)
+    return Selection.of_cells([_bucket_cells(start, end, n_k, width, longest)], n_q, n_k)
+
+
+def _single_cells(start: Tensor, end: Tensor, n_k: int, stripe: Stripe) -> Selection:
+    """Return a cell for every query. Queries are cut into parts: early ones have short spans."""
     n_q, device = start.shape[2], start.device
     size = max(-(-n_q // _PARTS), 1)
     cells = []
@@ -208,3 +258,49 @@ def select_spans(found: Spans, n_k: int, stripe: Stripe) -> Selection:
         cells.append(cells_of(q_ids, torch.where(there, ids, -1), None))
     nothing = torch.full((1, 1, 1, 1), -1, device=device)
     return Selection.of_cells(cells or [Cells(nothing, nothing)], n_q, n_k)
+
+
+def _bucket_cells(start: Tensor, end: Tensor, n_k: int, width: int, longest: int) -> Cells:
+    """Return cells of queries whose spans begin within the same `width` keys."""
+    (b, h, n_q), device = start.shape, start.device
+    buckets = -(-n_k // width)
+    # Queries in the order of their buckets, those without a span behind all others.
+    bucket = torch.where(start >= 0, start // width, buckets)
+    line, order = bucket.contiguous().sort(dim=-1, stable=True)
+    edges = torch.arange(buckets + 1, device=device).expand(b, h, -1)
+    first = torch.searchsorted(line, edges.contiguous())
+    needed = -(-first.diff(dim=-1) // _QUERIES)  # cells of each bucket
+    last = needed.cumsum(-1)
+    # Reading the count waits for the device; compiled code takes the most there can be.
+    count = min(n_q, -(-n_q // _QUERIES) + buckets)
+    if not torch.compiler.is_compiling():
+        count = max(int(last[..., -1].max()), 1)
+    rank = torch.arange(n_q, device=device) - first.gather(-1, line)
+    offset = torch.nn.functional.pad(last - needed, (0, 1)).gather(-1, line)
+    cell = torch.where(line < buckets, offset + rank // _QUERIES, count)
+    slot = cell * _QUERIES + torch.where(line < buckets, rank % _QUERIES, 0)
+    # One place more than there are, for what has no span.
+    q_ids = torch.full((b, h, (count + 1) * _QUERIES), -1, device=device).scatter_(-1, slot, order)
+    q_ids = q_ids[..., :-_QUERIES].unflatten(-1, (count, _QUERIES))
+    base = torch.zeros(b, h, count + 1, dtype=torch.long, device=device).scatter_(-1, cell, line * width)
+    base = base[..., :-1, None]
+    own = q_ids.clamp(min=0).flatten(2)
+    low, high = (x.gather(-1, own).view(q_ids.shape) - base for x in (start, end))
+    reach = -(-(width + longest) // 8) * 8
+    mask = _between(low, high, reach)
+    k_ids = base + torch.arange(reach, device=device)
+    return cells_of(q_ids, torch.where(k_ids < n_k, k_ids, -1), mask)
+
+
+def _between(low: Int[Tensor, "..."], high: Int[Tensor, "..."], width: int) -> Bool[Tensor, "... width"]:
+    """Return rows that are True from place `low` to place `high`; `width` is a multiple of 8.
+
+    Rows of two triangles are copied, eight places at a time: comparing every place takes several times as long.
+    """
+    places = torch.arange(width, device=low.device)
+    from_low, to_high = (x.view(torch.int64) for x in (places >= places[:, None], places <= places[:, None]))
+    rows = torch.empty(low.numel(), width // 8, dtype=torch.int64, device=low.device)
+    lows, highs = (x.flatten().clamp(0, width - 1).split(_ROWS) for x in (low, high))
+    for some, first, last in zip(rows.split(_ROWS), lows, highs, strict=True):
+        torch.bitwise_and(from_low.index_select(0, first), to_high.index_select(0, last), out=some)
+    return rows.view(torch.bool).view(*low.shape, width)

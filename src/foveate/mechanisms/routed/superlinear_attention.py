@@ -16,6 +16,7 @@ the authors' code. That position comes from elsewhere (no rotary embedding here)
 are the same was inferred from their model.
 """
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
-from foveate.kernels.merge import merge
+from foveate.kernels.merge import merge_shares
 from foveate.mechanisms.inputs import check_heads, check_tokens
 from foveate.mechanisms.past import Decodes, Past, extend
 from foveate.mechanisms.projections import merge_heads, split_heads
@@ -82,14 +83,24 @@ def attend_spans(
     # Every span of a head is a head of its own; the window is attended to once and merged into all of them.
     each = q.repeat_interleave(count, dim=1)
     where = select_spans(found, k.shape[2], stripe)
-    out, lse = attend(each, k, v, where=where, mask=mask, scale=scale, backend=backend, return_lse=True)
+    far, lse = attend(each, k, v, where=where, mask=mask, scale=scale, backend=backend, return_lse=True)
+    far, lse, gates = (
+        far.unflatten(1, (-1, count)),
+        lse.unflatten(1, (-1, count)),
+        found.gates().transpose(2, 3),
+    )
+    out = torch.zeros((), dtype=gates.dtype, device=q.device)
     if stripe.window:
-        near = SlidingWindow(stripe.window - 1)
-        pieces = attend(q, k, v, where=near, mask=mask, scale=scale, backend=backend, return_lse=True)
-        near_out, near_lse = (x.repeat_interleave(count, dim=1) for x in pieces)
-        out, _ = merge([out, near_out], [lse, near_lse])
-    gates = found.gates().transpose(2, 3).unsqueeze(-1)
-    return (out.unflatten(1, (-1, count)) * gates).sum(2).to(q.dtype)
+        window = SlidingWindow(stripe.window - 1)
+        near, near_lse = attend(
+            q, k, v, where=window, mask=mask, scale=scale, backend=backend, return_lse=True
+        )
+        (far_share, near_share), _ = merge_shares([lse, near_lse.unsqueeze(2).expand_as(lse)])
+        out = near * (gates * near_share).sum(2).unsqueeze(-1)
+        gates = gates * far_share
+    for piece, gate in zip(far.unbind(2), gates.unsqueeze(-1).unbind(2), strict=True):
+        out = torch.addcmul(out, piece.to(gate.dtype), gate)
+    return out.to(q.dtype)
 
 
 @system(
