@@ -61,6 +61,18 @@ def test_attention_runs_on_the_best_predicted_keys():
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 17, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(("keep", "listed"), [(0.05, True), (0.25, False)])
+def test_keys_are_listed_only_where_few_are_kept(keep, listed):
+    grid = Grid(8, 8)
+    module, x = layer(keep, grid=grid), tokens(65)
+    prediction = module.predict(x, grid)
+    cell, budget = prediction.where.cells[0], math.ceil(keep * 65)
+    assert (cell.q_ids.shape[3] == 1) == listed
+    seen = torch.zeros(2, 2, 64, 65, dtype=torch.bool)
+    seen.scatter_(-1, prediction.matrix().topk(budget, dim=-1).indices, True)
+    assert prediction.where.dense()[:, :, 1:].equal(seen)
+
+
 def test_a_threshold_in_place_of_a_budget():
     module, x = layer(sparsity={"score_threshold": 0.3}), tokens()
     prediction = module.predict(x, GRID)

@@ -5,7 +5,14 @@ import torch
 
 from foveate.core.errors import ArgumentError
 from foveate.routing import lowrank
-from foveate.routing.lowrank import LowRankPredictor, Sparsity, best_keys
+from foveate.routing.lowrank import (
+    FewCoefficients,
+    LowRankPredictor,
+    Sparsity,
+    best_keys,
+    best_mask,
+    mask_above,
+)
 
 
 def test_coefficients_are_a_softmax_of_narrowed_products():
@@ -57,6 +64,30 @@ def test_best_keys_in_pieces(monkeypatch, chunk):
     assert (few[1] >= 3).all()
 
 
+def test_masks_and_lists_name_the_same_keys_of_few_or_all_coefficients(monkeypatch):
+    monkeypatch.setattr(lowrank, "_PIECE", 200)
+    monkeypatch.setattr(lowrank, "_CHUNK", 300)
+    sparsity = Sparsity(coefficients=3)
+    c = torch.rand(2, 3, 7, 16, dtype=torch.float64)
+    basis = torch.rand(40, 16, dtype=torch.float64).mT  # a transpose, as that of a predictor
+    few, thin = sparsity.select(c), sparsity.thin(c)
+    assert isinstance(few, FewCoefficients)
+    assert few.dense(16).equal(thin)
+    kept = torch.rand(2, 40) > 0.3
+    for present in (None, kept):
+        scores = thin @ basis
+        if present is not None:
+            scores = scores.masked_fill(~present[:, None, None, :], float("-inf"))
+        best = scores.topk(10, dim=-1).indices
+        truth = torch.zeros(scores.shape, dtype=torch.bool).scatter(-1, best, True)
+        for rows in (few, thin):
+            assert best_mask(rows, basis, 10, present).equal(truth)
+            assert best_keys(rows, basis, 10, present).sort(-1).values.equal(best.sort(-1).values)
+            assert mask_above(rows, basis, 0.4, present).equal(scores > 0.4)
+    # Where the list would not be much shorter there is none.
+    assert isinstance(Sparsity(coefficients=5).select(c), torch.Tensor)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
@@ -66,6 +97,7 @@ def test_best_keys_in_pieces(monkeypatch, chunk):
         (lambda: Sparsity(coefficient_threshold=-1), "coefficient_threshold"),
         (lambda: LowRankPredictor(6, 4, rank=0, reduced=2), "rank"),
         (lambda: best_keys(torch.rand(1, 1, 2, 3), torch.rand(3, 4), 5), "budget"),
+        (lambda: best_mask(torch.rand(1, 1, 2, 3), torch.rand(3, 4), 0), "budget"),
     ],
 )
 def test_bad_arguments_are_named(make, name):

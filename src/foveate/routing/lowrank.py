@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,9 +13,33 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foveate.core.errors import bad
+from foveate.patterns.cells import Cells, cells_of
+from foveate.routing.largest import largest_mask
 
-# Entries of the predicted matrix that stand in memory at a time.
-_CHUNK = 1 << 24
+# Entries of the predicted matrix that stand in memory at a time; fewer where they are read several times.
+_CHUNK, _PIECE = 1 << 24, 1 << 21
+# Keys are listed, query by query, where there are at least so many times as many.
+_LISTED = 16
+
+
+class FewCoefficients(NamedTuple):
+    """The coefficients of each row that are not 0.
+
+    Attributes:
+        values: their values.
+        index: which basis rows they belong to.
+    """
+
+    values: Float[Tensor, "b h q few"]
+    index: Int[Tensor, "b h q few"]
+
+    def dense(self, rank: int) -> Float[Tensor, "b h q r"]:
+        """Return all `rank` coefficients of each row."""
+        empty = self.values.new_zeros(*self.values.shape[:3], rank)
+        return empty.scatter(-1, self.index, self.values)
+
+
+Coefficients = Float[Tensor, "b h q r"] | FewCoefficients
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,12 @@ class Sparsity:
             return functional.threshold(coefficients, self.coefficient_threshold, 0.0)
         top = coefficients.topk(min(self.coefficients, coefficients.shape[-1]), dim=-1, sorted=False)
         return torch.zeros_like(coefficients).scatter(-1, top.indices, top.values)
+
+    def select(self, coefficients: Float[Tensor, "b h q r"]) -> Coefficients:
+        """Return `thin(coefficients)`, as a list of what is left where that is short."""
+        if self.coefficients is None or 4 * self.coefficients > coefficients.shape[-1]:
+            return self.thin(coefficients)
+        return FewCoefficients(*coefficients.topk(self.coefficients, dim=-1, sorted=False))
 
     def thin_basis(self, basis: Float[Tensor, "r n"]) -> Float[Tensor, "r n"]:
         """Return the sizes of the entries, the small ones set to 0."""
@@ -142,7 +174,7 @@ class LowRankPredictor(nn.Module):
 
 @torch.no_grad()
 def best_keys(
-    coefficients: Float[Tensor, "b h q r"],
+    coefficients: Coefficients,
     basis: Float[Tensor, "r n"],
     budget: int,
     k_kept: Bool[Tensor, "b n"] | None = None,
@@ -160,15 +192,95 @@ def best_keys(
     Raises:
         ArgumentError: naming `budget`, unless it is between 1 and the number of keys.
     """
-    n = basis.shape[1]
-    if not 1 <= budget <= n:
-        raise bad("budget", budget, f"between 1 and the {n} keys")
-    b, h, q, _ = coefficients.shape
-    rows, found = max(1, _CHUNK // max(b * h * n, 1)), []
-    for part in coefficients.split(rows, dim=2) if q else (coefficients,):
-        scores = part @ basis
-        if k_kept is not None:
-            scores = scores.masked_fill(~k_kept[:, None, None, :], float("-inf"))
+    _check_budget(budget, basis)
+    found = []
+    for _, scores in _rows_of(coefficients, basis, k_kept, _CHUNK):
         top = scores.topk(budget, dim=-1, sorted=False)
         found.append(top.indices if k_kept is None else top.indices.masked_fill(top.values.isneginf(), -1))
     return torch.cat(found, dim=2)
+
+
+@torch.no_grad()
+def best_mask(
+    coefficients: Coefficients,
+    basis: Float[Tensor, "r n"],
+    budget: int,
+    k_kept: Bool[Tensor, "b n"] | None = None,
+) -> Bool[Tensor, "b h q n"]:
+    """Return the keys of `best_keys` as a mask: cheaper where they are a large share of all keys."""
+    _check_budget(budget, basis)
+    mask = _no_mask(coefficients, basis)
+    for rows, scores in _rows_of(coefficients, basis, k_kept, _PIECE):
+        mask[:, :, rows] = largest_mask(scores.flatten(0, 2), budget).view(scores.shape)
+    return mask
+
+
+def best_cells(
+    q_ids: Int[Tensor, "#b 1 1 q"],
+    coefficients: Coefficients,
+    basis: Float[Tensor, "r n"],
+    budget: int,
+    k_kept: Bool[Tensor, "b n"] | None = None,
+) -> Cells:
+    """Return cells in which every query sees its best keys: a cell each, or one of all keys with a mask.
+
+    A cell of one query leaves most of a vector idle, so that a mask takes less time where more than a sixteenth of
+    the keys is taken.
+
+    Args:
+        q_ids: the queries that the rows belong to, -1 for rows that are left out.
+        coefficients, basis, budget, k_kept: as in `best_keys`.
+    """
+    n = basis.shape[1]
+    if _LISTED * budget <= n:
+        return cells_of(q_ids.transpose(2, 3), best_keys(coefficients, basis, budget, k_kept), None)
+    every = torch.arange(n, device=basis.device).expand(1, 1, 1, n)
+    return cells_of(q_ids, every, best_mask(coefficients, basis, budget, k_kept)[:, :, None])
+
+
+@torch.no_grad()
+def mask_above(
+    coefficients: Coefficients,
+    basis: Float[Tensor, "r n"],
+    threshold: float,
+    k_kept: Bool[Tensor, "b n"] | None = None,
+) -> Bool[Tensor, "b h q n"]:
+    """Return which entries of `coefficients @ basis` are above the threshold; arguments as in `best_keys`."""
+    mask = _no_mask(coefficients, basis)
+    for rows, scores in _rows_of(coefficients, basis, k_kept, _CHUNK):
+        torch.gt(scores, threshold, out=mask[:, :, rows])
+    return mask
+
+
+def _check_budget(budget: int, basis: Tensor) -> None:
+    if not 1 <= budget <= basis.shape[1]:
+        raise bad("budget", budget, f"between 1 and the {basis.shape[1]} keys")
+
+
+def _no_mask(coefficients: Coefficients, basis: Tensor) -> Tensor:
+    shape = (coefficients[0] if isinstance(coefficients, FewCoefficients) else coefficients).shape[:3]
+    return torch.zeros(*shape, basis.shape[1], dtype=torch.bool, device=basis.device)
+
+
+def _rows_of(
+    coefficients: Coefficients, basis: Tensor, k_kept: Tensor | None, chunk: int
+) -> Iterator[tuple[slice, Float[Tensor, "b h some n"]]]:
+    """Yield rows of `coefficients @ basis` with about `chunk` entries in all, -inf where keys are not kept."""
+    few = isinstance(coefficients, FewCoefficients)
+    basis = basis.contiguous()  # rows are read; that of a predictor is the transpose of a parameter
+    b, h, q, _ = (coefficients.values if few else coefficients).shape
+    rows = max(1, chunk // max(b * h * basis.shape[1], 1))
+    for first in range(0, max(q, 1), rows):
+        some = slice(first, first + rows)
+        if few:
+            # Reads a few rows of the basis per row, where a product reads all.
+            values, index = (x[:, :, some] for x in coefficients)
+            flat = functional.embedding_bag(
+                index.flatten(0, 2), basis, per_sample_weights=values.flatten(0, 2), mode="sum"
+            )
+            scores = flat.view(*index.shape[:3], basis.shape[1])
+        else:
+            scores = coefficients[:, :, some] @ basis
+        if k_kept is not None:
+            scores = scores.masked_fill(~k_kept[:, None, None, :], float("-inf"))
+        yield some, scores

@@ -36,7 +36,14 @@ from foveate.mechanisms.inputs import check_heads, refuse_causal
 from foveate.mechanisms.projections import QKV, merge_heads
 from foveate.patterns.cells import cells_of
 from foveate.patterns.selection import Selection
-from foveate.routing.lowrank import LowRankPredictor, Sparsity, best_keys
+from foveate.routing.lowrank import (
+    Coefficients,
+    FewCoefficients,
+    LowRankPredictor,
+    Sparsity,
+    best_cells,
+    mask_above,
+)
 
 
 class Prediction(NamedTuple):
@@ -182,36 +189,44 @@ class SparsifinerAttention(nn.Module):
         self, x: Float[Tensor, "b n c"], grid: Grid, *, kept: Bool[Tensor, "b p"] | None = None
     ) -> Prediction:
         """Return what the predictor says, and the selection made of it; arguments as `forward_pruned`."""
-        return self._predict(*self._project(x, grid, kept)[:2], kept)
+        q, k, _ = self._project(x, grid, kept)
+        coefficients, basis = self._coefficients(q, k, kept)
+        where = self._where(coefficients, basis, kept)
+        if isinstance(coefficients, FewCoefficients):
+            coefficients = coefficients.dense(len(basis))
+        return Prediction(coefficients, basis, where)
 
     @torch.no_grad()
-    def _predict(self, q: Tensor, k: Tensor, kept: Tensor | None) -> Prediction:
+    def _chosen(self, q: Tensor, k: Tensor, kept: Tensor | None) -> Selection:
+        return self._where(*self._coefficients(q, k, kept), kept)
+
+    def _coefficients(self, q: Tensor, k: Tensor, kept: Tensor | None) -> tuple[Coefficients, Tensor]:
+        """Return the coefficients of the patches' rows and the basis, both thinned out."""
+        present = None if kept is None else self._with_class(kept)
+        coefficients = self.predictor(q[:, :, int(self.class_token) :], k, q_kept=kept, k_kept=present)
+        return self.sparsity.select(coefficients), self.sparsity.thin_basis(self.predictor.basis)
+
+    def _where(self, coefficients: Coefficients, basis: Tensor, kept: Tensor | None) -> Selection:
         n, first = self.tokens, int(self.class_token)
         present = None if kept is None else self._with_class(kept)
-        coefficients = self.predictor(q[:, :, first:], k, q_kept=kept, k_kept=present)
-        coefficients = self.sparsity.thin(coefficients)
-        basis = self.sparsity.thin_basis(self.predictor.basis)
-        ids = torch.arange(n, device=q.device)
-        rows = ids[first:, None].expand(1, 1, -1, 1)
+        ids = torch.arange(n, device=basis.device)
+        every = ids.expand(1, 1, 1, -1)
+        rows = ids[first:].view(1, 1, 1, -1)
         if kept is not None and self.sparsity.prune_rows:
-            rows = rows.masked_fill(~kept[:, None, :, None], -1)
-        if self.sparsity.score_threshold is None:
-            budget = self.sparsity.budget(n)
-            if kept is not None and self.official and len(kept):
-                budget = min(budget, int(kept[0].sum()))
-            cells = [cells_of(rows, best_keys(coefficients, basis, budget, present), None)]
+            rows = rows.masked_fill(~kept[:, None, None, :], -1)
+        budget, threshold = self.sparsity.budget(n), self.sparsity.score_threshold
+        if kept is not None and self.official and len(kept):
+            budget = min(budget, int(kept[0].sum()))
+        if threshold is None:
+            cells = [best_cells(rows, coefficients, basis, budget, present)]
         else:
-            score = coefficients @ basis
-            allowed = score > self.sparsity.score_threshold
-            if present is not None:
-                allowed = allowed & present[:, None, None, :]
-            cells = [cells_of(rows.transpose(2, 3), ids.expand(1, 1, 1, -1), allowed[:, :, None])]
+            allowed = mask_above(coefficients, basis, threshold, present)
+            cells = [cells_of(rows, every, allowed[:, :, None])]
         if self.class_token:
-            every = ids.expand(1, 1, 1, -1)
             if present is not None and not self.official:
                 every = every.masked_fill(~present[:, None, None, :], -1)
             cells.append(cells_of(ids[None, None, None, :1], every, None))
-        return Prediction(coefficients, basis, Selection.of_cells(cells, n, n))
+        return Selection.of_cells(cells, n, n)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid) -> Float[Tensor, "b n c"]:
         """Mix the tokens of `grid`, class token first where there is one.
@@ -235,7 +250,7 @@ class SparsifinerAttention(nn.Module):
             ArgumentError: naming `x`, `grid` or `kept`.
         """
         q, k, v = self._project(x, grid, kept)
-        out = attend(q, k, v, where=self._predict(q, k, kept).where, backend=self.backend)
+        out = attend(q, k, v, where=self._chosen(q, k, kept), backend=self.backend)
         return Pruned(self.proj(merge_heads(out)), self._prune(q, k, kept))
 
     @torch.no_grad()
@@ -289,7 +304,7 @@ class SparsifinerAttention(nn.Module):
         """Return the sparse weights as a dense map: for pictures and tests."""
         q, k, _ = self._project(x, grid, kept)
         identity = torch.eye(self.tokens, dtype=x.dtype, device=x.device).expand(*k.shape[:2], -1, -1)
-        return attend(q, k, identity, where=self._predict(q, k, kept).where, backend=self.backend)
+        return attend(q, k, identity, where=self._chosen(q, k, kept), backend=self.backend)
 
     def extra_repr(self) -> str:
         """Show the options."""
