@@ -2,6 +2,7 @@
 #   TORCH_INDEX=URL   take torch from this index (for example PyTorch's CPU or CUDA wheel index)
 #   PYTHON=python3.12 choose the interpreter that makes the environment
 #   CXX=clang++       choose the compiler of the C++ core (docs/native.md)
+#   JOBS=1            test in one process; two share the tests otherwise
 #   ARGS="..."        further arguments of `foveate compare` or pytest
 
 PYTHON ?= python3
@@ -16,6 +17,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PINS := pyproject.toml constraints.txt
 CORE := CMakeLists.txt $(wildcard src/foveate/kernels/cpu/core/*)
 OUT ?= compare
+# Each process starts with its half of the tests in their order, so that it makes few of the fixtures twice.
+JOBS ?= 2
+PYTEST := python -m pytest -n $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help compare test test-all lint docs bench clean
@@ -27,12 +31,12 @@ compare: $(VENV)/.compare  ## which attention fits this machine? writes compare/
 	$(BIN)/foveate compare --out $(OUT) $(ARGS)
 
 test: $(VENV)/.test  ## the test suite, under ten minutes on two cores
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.test  ## everything: 500 hypothesis examples, browser, short trainings, sanitizers, without the core
-	FOVEATE_ALL=1 FOVEATE_HYPOTHESIS=all $(BIN)/python -m pytest $(ARGS)
+	FOVEATE_ALL=1 FOVEATE_HYPOTHESIS=all $(BIN)/$(PYTEST) $(ARGS)
 	$(PURE)
-	FOVEATE_REQUIRE_NATIVE= $(VENV)/pure/bin/python -m pytest $(ARGS)
+	FOVEATE_REQUIRE_NATIVE= $(VENV)/pure/bin/$(PYTEST) $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff and pyright
 	$(BIN)/ruff check .

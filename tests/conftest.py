@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Here and not in tests/parity: where several processes share the tests, the one that reports collects none.
+from tests.parity.summary import pytest_terminal_summary  # noqa: F401
+
 _COMMON = {
     "deadline": None,
     "print_blob": True,

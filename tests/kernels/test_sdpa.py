@@ -35,6 +35,8 @@ def agree(tensors, extra=(), **options):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+# Seeded: every process that collects these tests must find the same.
+fixed = torch.Generator().manual_seed(0)
 ids = torch.arange(20).view(1, 1, 2, 10)
 DENSE = [
     ({}, 9, 9),
@@ -44,15 +46,23 @@ DENSE = [
     ({"where": Causal()}, 1, 9),
     ({"where": Causal(align="start")}, 5, 9),
     ({"where": Causal(align="start")}, 9, 5),
-    ({"where": Causal(), "score": ALiBi(torch.rand(4))}, 9, 9),
-    ({"where": Causal(), "mask": torch.rand(2, 1, 9, 9) > 0.3}, 9, 9),
+    ({"where": Causal(), "score": ALiBi(torch.rand(4, generator=fixed))}, 9, 9),
+    ({"where": Causal(), "mask": torch.rand(2, 1, 9, 9, generator=fixed) > 0.3}, 9, 9),
     ({"where": Neighborhood((4, 5), 3)}, 20, 20),
     ({"where": Halo((4, 6), 2, 1, border="zero")}, 24, 24),
-    ({"where": Halo((4, 6), 2, 1, border="zero"), "mask": torch.rand(24) > 0.3}, 24, 24),
+    ({"where": Halo((4, 6), 2, 1, border="zero"), "mask": torch.rand(24, generator=fixed) > 0.3}, 24, 24),
     ({"where": Selection(ids, ids, n_q=20, n_k=20)}, 20, 20),
-    ({"mask": torch.rand(9) > 0.4}, 9, 9),
-    ({"mask": torch.randn(4, 9, 9)}, 9, 9),
-    ({"mask": torch.randn(9, 9, dtype=torch.float64), "score": KeyBias(torch.randn(9)), "scale": 0.3}, 9, 9),
+    ({"mask": torch.rand(9, generator=fixed) > 0.4}, 9, 9),
+    ({"mask": torch.randn(4, 9, 9, generator=fixed)}, 9, 9),
+    (
+        {
+            "mask": torch.randn(9, 9, dtype=torch.float64, generator=fixed),
+            "score": KeyBias(torch.randn(9, generator=fixed)),
+            "scale": 0.3,
+        },
+        9,
+        9,
+    ),
 ]
 
 
