@@ -3,7 +3,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from foveate.advise.plots import pareto, reach_file, reach_picture
+from foveate.advise.plots import pareto
+from foveate.advise.reach import reach_file, reach_picture
 from foveate.advise.recommend import recommend
 from foveate.advise.report import render, write_report
 from foveate.advise.table import plain_table

@@ -10,6 +10,7 @@ from typing import Any
 
 from foveate.advise import plots
 from foveate.advise.crossover import crossing_words
+from foveate.advise.reach import reach_picture
 from foveate.advise.recommend import LEARNING
 from foveate.advise.settings import BASELINE
 from foveate.advise.svg import byte_words, grid_words, milliseconds, number, words
@@ -69,9 +70,7 @@ def _table(rows: list[Row], best: str | None) -> dict[str, Any]:
             "family": row.get("family") or "",
             "cls": plots.family_class(row),
             "best": row["mechanism"] == best,
-            "picture": plots.reach_picture(
-                row.get("reach"), label=f"reach of {words(row['mechanism'])}", px=36
-            ),
+            "picture": reach_picture(row.get("reach"), label=f"reach of {words(row['mechanism'])}", px=36),
             "cells": [_cell(row, field, word) for _, field, word in columns],
         }
         for row in ordered
@@ -253,9 +252,7 @@ def render(document: Mapping[str, Any]) -> str:
             "cls": plots.family_class(row),
             "cost": row.get("cost") or "",
             "paper": row.get("paper") or "",
-            "svg": plots.reach_picture(
-                row["reach"], label=f"whom the middle token of {words(key)} listens to"
-            ),
+            "svg": reach_picture(row["reach"], label=f"whom the middle token of {words(key)} listens to"),
         }
         for key, row in sorted(pictured.items())
     ]
@@ -263,9 +260,7 @@ def render(document: Mapping[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(
         document=document,
         headline=headline,
-        hero=plots.reach_picture(hero["reach"], label="whom its middle token listens to", px=180)
-        if hero
-        else "",
+        hero=reach_picture(hero["reach"], label="whom its middle token listens to", px=180) if hero else "",
         stats=_stats(document, headline) if headline else [],
         others=choices[1:],
         sections=[_section(document, name, by_workload.get(name)) for name in names],

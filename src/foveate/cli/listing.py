@@ -134,7 +134,7 @@ def show(
     for line in _shaded(grid, levels):
         console.print(line, soft_wrap=True, markup=False)
     if svg is not None:
-        from foveate.advise.plots import reach_file
+        from foveate.advise.reach import reach_file
 
         svg.parent.mkdir(parents=True, exist_ok=True)
         svg.write_text(reach_file({"grid": list(grid.sizes), "levels": levels}, key), encoding="utf-8")

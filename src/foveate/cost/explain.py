@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from foveate.cost.render import as_rich, as_text
-from foveate.kernels.problem import Input, Problem
+from foveate.kernels.checks import Input
+from foveate.kernels.problem import Problem
 from foveate.kernels.select import Plan, plan
 from foveate.scores.after import After
 from foveate.scores.base import Score

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from foveate.core.dtypes import accumulation_dtype
 from foveate.core.errors import bad
+from foveate.kernels.checks import check_where
 from foveate.kernels.combine import combine_cells
-from foveate.kernels.problem import Problem, check_where, dense_where
+from foveate.kernels.problem import Problem, dense_where
 from foveate.kernels.select import BACKENDS, plan, tell_watchers
 from foveate.scores.after import After
 from foveate.scores.base import Extent, Score

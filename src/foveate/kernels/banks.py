@@ -16,8 +16,8 @@ from torch import Tensor
 
 from foveate.core.errors import bad
 from foveate.kernels.attend import attend
+from foveate.kernels.checks import check_where
 from foveate.kernels.merge import merge
-from foveate.kernels.problem import check_where
 from foveate.patterns.banks import beside
 from foveate.patterns.basic import Full
 from foveate.scores.after import After
