@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from foveate.core.errors import ArgumentError
+from foveate.routing import block_scores
+from foveate.routing.block_scores import AskedBlocks
 from foveate.routing.tree import search_products, search_rounds, search_tree
 
 
@@ -56,6 +58,45 @@ def test_equal_to_the_search_of_one_block(options, official, n_q, n_k):
         for j in range(n_q // options["block_q"]):
             kept = found.starts[0, h, j, : found.count[j]] // size
             assert kept.tolist() == plain(q[0, h], k[0, 0], j, official=official, **options), (h, j)
+
+
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_tables_and_lookups_find_the_same(options, official, monkeypatch):
+    q, k = torch.randn(2, 4, 77, 8, dtype=torch.float64), torch.randn(2, 2, 90, 8, dtype=torch.float64)
+    kinds, found = [], []
+    part = AskedBlocks._part
+    monkeypatch.setattr(AskedBlocks, "_part", lambda self, *a: kinds.append(a[2].__name__) or part(self, *a))
+    # Reading a key costs nothing, all there is, all there is and everything in small pieces.
+    for read, sizes in ((-1e9, {}), (1e9, {}), (1e9, {"_ROWS": 24, "_PRODUCTS": 50, "_CHUNK": 300})):
+        for name, value in {"_READ": read, **sizes}.items():
+            monkeypatch.setattr(block_scores, name, value)
+        found.append(search_tree(q, k, official=official, **options))
+    assert kinds[0] == "Lookup"
+    assert kinds[1] == "Table"
+    assert kinds.count("Table") > 1
+    assert len(kinds) > 3
+    there = torch.arange(found[0].starts.shape[3]) < found[0].count[:, None]
+    for other in found[1:]:
+        assert other.count.equal(found[0].count)
+        assert other.starts.masked_fill(~there, 0).equal(found[0].starts.masked_fill(~there, 0))
+
+
+def test_the_cheaper_of_table_and_lookup_is_taken(monkeypatch):
+    kinds = []
+    part = AskedBlocks._part
+    monkeypatch.setattr(AskedBlocks, "_part", lambda self, *a: kinds.append(a[2].__name__) or part(self, *a))
+    q = torch.randn(1, 1, 4096, 4)
+    # An eighth is kept: looking up takes as many scores as there are. A few are kept: it takes far fewer.
+    search_tree(q[:, :, :1024], q[:, :, :1024], keys=128, block_q=8, block_k=2, window=128)
+    assert set(kinds) == {"Table"}
+    kinds.clear()
+    search_tree(q, q, keys=8, block_q=32, block_k=1, window=32)
+    assert kinds[-1] == "Lookup"
+    kinds.clear()
+    # One query reads a key for itself alone.
+    search_tree(q[:, :, :1], q, keys=32, block_q=1, block_k=1, window=32)
+    assert kinds == ["Lookup"]
 
 
 def test_one_query_searches_as_a_row_of_many_does():

@@ -2,7 +2,8 @@
 
 The keys that a query block may choose from are cut into M equal segments. Each is split in two, one representative
 block per half is scored, the best M halves are kept, and so on until segments are single blocks: log2(blocks / M)
-rounds of 2 M scores, where scoring all would take as many as there are blocks.
+rounds of 2 M scores, where scoring all would take as many as there are blocks. Where that is not many more, all of
+them are scored by products of matrices, in pieces, and the same search looks its scores up.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from torch.nn import functional
 
 from foveate.core.errors import bad
 from foveate.patterns.pattern import check_int
+from foveate.routing.block_scores import AskedBlocks, Lookup, Table
 from foveate.routing.blocks import block_count, pool_blocks
 
-# Numbers gathered at a time.
-_CHUNK = 1 << 22
 _NEVER = float("-inf")
 
 
@@ -42,7 +42,10 @@ def search_rounds(blocks: int, keep: int) -> int:
 
 
 def search_products(n: int, *, keep: int, block_q: int, block_k: int, group: int, window: int) -> int:
-    """Return how many (query, key) products the search takes over a sequence of n tokens, to price it."""
+    """Return how many (query, key) products the search takes over a sequence of n tokens, to price it.
+
+    Where looking up so many representatives takes longer than scoring all blocks, `search_tree` does the latter.
+    """
     total = 0
     for end in range(block_q, n + block_q, block_q):
         units = -(-max(min(end, n) - window, 0) // group)
@@ -111,44 +114,51 @@ def search_tree(
     # Query blocks that may choose from few units keep them all, in order; those behind them search.
     free = sum(a <= most for a in area)
     counts = [block_count(a, block_k) for a in area]
-    slot = torch.arange(slots, device=q.device)
-    starts = slot.expand(*q.shape[:2], free, -1)
+    starts = [torch.arange(slots, dtype=torch.int32, device=q.device).expand(*q.shape[:2], free, -1)]
     if free < n_blocks:
-        asked = functional.pad(q[:, :, free * block_q :], (0, 0, 0, -n_q % block_q)).unflatten(
-            2, (-1, block_q)
-        )
-        rows = None
-        if n_q % block_q:  # rows beyond the last query ask nothing
-            rows = torch.arange(free * block_q, n_blocks * block_q, device=q.device).view(-1, block_q) < n_q
-        if official:
-            asked, rows = asked[:, :, :, 1::2], None if rows is None else rows[:, 1::2]
-        scorer = _Scorer(
-            asked, rows, units, torch.tensor(visible[free:], device=q.device), block_k, group > 1
-        )
-        blocks = torch.tensor(counts[free:], device=q.device)
-        found = _halve(scorer, blocks, slots, counts[-1], q.shape[:2], oracle, official)
-        starts = torch.cat([starts, found], dim=2)
+        asked, absent = _asked(q, block_q, free, official)
+        blocks = AskedBlocks(asked, absent, units, visible[free:], counts[free:], block_k, group > 1)
+
+        def looked_up(most: int) -> int:
+            return search_rounds(most, slots) * 2 * slots
+
+        for scorer, sizes in blocks.parts(None if oracle else looked_up):
+            starts.append(_halve(scorer, sizes, slots, oracle, official))
     count = [min(n, slots) for n in counts]
-    return Found(starts * (block_k * group), torch.tensor(count, dtype=torch.long, device=q.device))
+    whole = torch.cat(starts, dim=2).long().mul_(block_k * group)
+    return Found(whole, torch.tensor(count, dtype=torch.long, device=q.device))
+
+
+def _asked(q: Tensor, block_q: int, free: int, official: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the rows that ask, (b, h, q_blocks, rows, d), and which of them are beyond the last query (or None)."""
+    n_q = q.shape[2]
+    asked = functional.pad(q[:, :, free * block_q :], (0, 0, 0, -n_q % block_q)).unflatten(2, (-1, block_q))
+    absent = None
+    if n_q % block_q:
+        absent = torch.arange(free * block_q, n_q - n_q % -block_q, device=q.device).view(-1, block_q) >= n_q
+    if official:
+        asked, absent = asked[:, :, :, 1::2], None if absent is None else absent[:, 1::2]
+    return asked, absent
 
 
 def _halve(
-    scorer: _Scorer, blocks: Tensor, slots: int, largest: int, lead: torch.Size, oracle: bool, official: bool
+    scorer: Table | Lookup, blocks: Int[Tensor, "q_blocks"], slots: int, oracle: bool, official: bool
 ) -> Int[Tensor, "b h q_blocks m"]:
     """Return the blocks that the search keeps of the first `blocks` of each query block, ascending."""
     share = blocks.double() / slots
     edges = (share[:, None] * torch.arange(slots + 1, device=blocks.device)).long()
-    index = edges[:, :-1].expand(*lead, -1, -1)
+    index = edges[:, :-1].expand(*scorer.lead, -1, -1)
     size = (edges[:, 1:] - edges[:, :-1]).expand(index.shape)
-    for stage in range(search_rounds(largest, slots)):
+    for stage in range(search_rounds(scorer.most, slots)):
         half = size >> 1
         start = torch.cat([index, index + half], dim=-1)
         length = torch.cat([half, size - half], dim=-1)
-        scores = (
-            scorer.best(start, length) if oracle else scorer.of(start if official else start + (length >> 1))
-        )
-        if oracle and official:
-            scores = scores.clamp(min=0)
+        if oracle:
+            assert isinstance(scorer, Table)
+            scores = scorer.best(start, length)
+            scores = scores.clamp(min=0) if official else scores
+        else:
+            scores = scorer.of(start if official else start + (length >> 1))
         # Of 2 M halves at least M have a block.
         chosen = scores.masked_fill_(length < 1, _NEVER).topk(slots, dim=-1, sorted=False).indices
         start, length = start.gather(-1, chosen), length.gather(-1, chosen)
@@ -157,66 +167,5 @@ def _halve(
             active = (share / 2**stage > 1)[:, None]
             start, length = torch.where(active, start, index), torch.where(active, length, size)
         index, size = start, length
-    return index.sort(dim=-1).values
-
-
-class _Scorer:
-    """Scores key blocks for query blocks, by the best product of any of their rows."""
-
-    def __init__(
-        self,
-        asked: Tensor,
-        rows: Tensor | None,
-        units: Tensor,
-        visible: Tensor,
-        block_k: int,
-        paired: bool,
-    ):
-        self.asked, self.visible, self.block_k, self.paired = asked, visible, block_k, paired
-        self.absent = None if rows is None else ~rows[:, :, None]
-        # One line per block: its units side by side.
-        b, h_kv, n, width = units.shape
-        self.blocks = block_count(n, block_k)
-        lines = functional.pad(units, (0, 0, 0, self.blocks * block_k - n)).reshape(-1, block_k * width)
-        self.lines, self.width = lines, width
-        heads = torch.arange(asked.shape[1], device=units.device) // (asked.shape[1] // h_kv)
-        batch = torch.arange(b, device=units.device)[:, None] * h_kv
-        self.first = ((batch + heads) * self.blocks)[:, :, None, None]
-
-    def of(self, blocks: Int[Tensor, "b h q_blocks m"]) -> Float[Tensor, "b h q_blocks m"]:
-        """Return the scores of blocks, -inf for blocks that have no visible unit."""
-        b, h, _, m = blocks.shape
-        step = max(1, _CHUNK // max(b * h * m * self.lines.shape[1], 1))
-        parts = [self._chunk(blocks[:, :, at : at + step], at) for at in range(0, blocks.shape[2], step)]
-        return torch.cat(parts, dim=2)
-
-    def best(
-        self, first: Int[Tensor, "b h q_blocks m"], size: Int[Tensor, "b h q_blocks m"]
-    ) -> Float[Tensor, "b h q_blocks m"]:
-        """Return the best score of any block of the segments."""
-        every = torch.arange(self.blocks, device=first.device)
-        table = functional.pad(self.of(every.expand(*first.shape[:3], -1)), (0, 1), value=_NEVER)
-        out = torch.full(first.shape, _NEVER, dtype=table.dtype, device=first.device)
-        for shift in range(int(size.max()) if size.numel() else 0):
-            at = torch.where(shift < size, first + shift, every.numel()).clamp(max=every.numel())
-            out = torch.maximum(out, table.gather(-1, at))
-        return out
-
-    def _chunk(self, blocks: Tensor, at: int) -> Tensor:
-        b, h, c, m = blocks.shape
-        keys = self.lines.index_select(0, (blocks + self.first).flatten())
-        keys = keys.view(b, h, c, m * self.block_k, self.width)
-        asked = self.asked[:, :, at : at + c]
-        sides = keys.chunk(2, dim=-1) if self.paired else [keys]
-        best = None
-        for side in sides:
-            products = asked @ side.transpose(-1, -2)
-            best = products if best is None else torch.maximum(best, products)
-        assert best is not None
-        if self.absent is not None:
-            best = best.masked_fill(self.absent[at : at + c], _NEVER)
-        best = (best.squeeze(-2) if best.shape[-2] == 1 else best.amax(-2)).view(b, h, c, m, self.block_k)
-        # Only the last block that a query block sees may have units that it does not.
-        left = self.visible[at : at + c, None] - blocks * self.block_k
-        there = torch.arange(self.block_k, device=blocks.device) < left[..., None]
-        return best.masked_fill(~there, _NEVER).amax(-1)
+    # Narrow numbers are sorted several times as fast.
+    return index.int().sort(dim=-1).values

@@ -18,6 +18,8 @@ Queries of one block choose together, so with block_q > 1 a choice (never a valu
 tokens; block_q = 1 is strictly causal, and then decoding gives what prefill gives.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,14 +28,18 @@ from foveate.core.errors import bad
 from foveate.core.grid import Grid
 from foveate.core.registry import system
 from foveate.kernels.attend import attend
+from foveate.kernels.merge import merge
 from foveate.mechanisms.inputs import check_heads, check_tokens
 from foveate.mechanisms.past import Decodes, Past, extend, length
 from foveate.mechanisms.projections import merge_heads, split_heads
 from foveate.patterns.pattern import check_int
 from foveate.patterns.selection import Selection
-from foveate.routing.blocks import block_count
+from foveate.routing.kept import KeptLayout
 from foveate.routing.tree import Found, search_tree
 from foveate.scores.rotary import rotary
+
+# Queries that read a window together.
+_CELL = 64
 
 
 def hip_attention(
@@ -69,19 +75,27 @@ def hip_attention(
     Raises:
         ArgumentError: naming the argument that makes no sense.
     """
-    _, where = hip_selection(
-        q,
-        k,
-        keys=keys,
-        block_q=block_q,
-        block_k=block_k,
-        group=group,
-        window=window,
-        sink=sink,
-        oracle=oracle,
-        official=official,
-    )
-    return attend(q, k, v, where=where, scale=scale, backend=backend)
+    options = {
+        "keys": keys,
+        "block_q": block_q,
+        "block_k": block_k,
+        "group": group,
+        "window": window,
+        "oracle": oracle,
+        "official": official,
+    }
+    found, layout = _search(q, k, sink, **options)
+    together = _CELL // block_q
+    # One result of two needs the lse, which not every backend that could be named has.
+    if official or together < 2 or window < block_q or q.shape[2] < _CELL or backend not in ("auto", "cpu"):
+        where = Selection.of_cells([layout.both(found)], layout.n_q, layout.n_k)
+        return attend(q, k, v, where=where, scale=scale, backend=backend)
+    # What was found belongs to single query blocks; what is near is read once for several of them.
+    pieces = []
+    for cells in (layout.found(found), layout.near(together, q.device)):
+        where = Selection.of_cells([cells], layout.n_q, layout.n_k)
+        pieces.append(attend(q, k, v, where=where, scale=scale, backend=backend, return_lse=True))
+    return merge(*zip(*pieces, strict=True))[0]
 
 
 def hip_selection(
@@ -98,15 +112,10 @@ def hip_selection(
     official: bool = False,
 ) -> tuple[Found, Selection]:
     """Return what the search found, and who attends to whom; arguments as in `hip_attention`. No gradient."""
-    check_int(sink, "sink", 0)
-    if not official and check_int(window, "window", 1) < max(block_q, group):
-        hint = "A smaller window leaves queries of a block without their own key."
-        raise bad("window", window, f"at least block_q={block_q} and group={group}", hint)
-    if q.shape[1] % k.shape[1]:
-        raise bad("k", tuple(k.shape), f"a number of heads that divides the {q.shape[1]} heads of q")
-    found = search_tree(
+    found, layout = _search(
         q,
         k,
+        sink,
         keys=keys,
         block_q=block_q,
         block_k=block_k,
@@ -115,31 +124,21 @@ def hip_selection(
         oracle=oracle,
         official=official,
     )
-    n_q, n_k, size, device = q.shape[2], k.shape[2], block_k * group, q.device
-    b, h, blocks, slots = found.starts.shape
-    sinks = min(block_count(sink, size) * size, n_k)
-    ends = torch.arange(1, blocks + 1, device=device)[:, None] * block_q + (n_k - n_q)
-    ends = ends if official else ends.clamp(max=n_k)
-    # Three kinds of keys that do not overlap: sinks, kept blocks between sinks and window, the window.
-    last = torch.arange(window, device=device) + ends - window
-    last = torch.where((last >= sinks) & (last < n_k), last, -1)
-    first = torch.arange(sinks, device=device).expand(blocks, -1)
-    kept = found.starts[..., None] + torch.arange(size, device=device)
-    valid = torch.arange(slots, device=device) < found.count[:, None]
-    kept = torch.where(
-        valid[..., None] & (kept >= sinks) & (kept < (ends - window)[..., None]), kept, -1
-    ).flatten(3)
-    k_ids = torch.cat([first.expand(b, h, -1, -1), kept, last.expand(b, h, -1, -1)], dim=-1)
-    q_ids = torch.arange(blocks * block_q, device=device).view(blocks, block_q)
-    at = q_ids[..., None] + (n_k - n_q)
-    if window >= block_q:
-        # What was searched for lies before the whole query block; the mask is the same for all heads.
-        past = torch.ones(blocks, block_q, kept.shape[-1], dtype=torch.bool, device=device)
-        mask = torch.cat([first[:, None] <= at, past, last[:, None] <= at], dim=-1)
-    else:
-        mask = k_ids[..., None, :] <= at
-    q_ids = torch.where(q_ids < n_q, q_ids, -1)[None, None]
-    return found, Selection(q_ids, k_ids, mask, n_q=n_q, n_k=n_k)
+    return found, Selection.of_cells([layout.both(found)], layout.n_q, layout.n_k)
+
+
+def _search(q: Tensor, k: Tensor, sink: int, **options: Any) -> tuple[Found, KeptLayout]:
+    """Check what `search_tree` does not, and search."""
+    check_int(sink, "sink", 0)
+    window, block_q, group = options["window"], options["block_q"], options["group"]
+    if not options["official"] and check_int(window, "window", 1) < max(block_q, group):
+        hint = "A smaller window leaves queries of a block without their own key."
+        raise bad("window", window, f"at least block_q={block_q} and group={group}", hint)
+    if q.shape[1] % k.shape[1]:
+        raise bad("k", tuple(k.shape), f"a number of heads that divides the {q.shape[1]} heads of q")
+    found = search_tree(q, k, **options)
+    size = options["block_k"] * group
+    return found, KeptLayout(q.shape[2], k.shape[2], size, block_q, window, sink, whole=options["official"])
 
 
 @system(
