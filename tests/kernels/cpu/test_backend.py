@@ -11,7 +11,9 @@ from foveate.core.errors import ArgumentError, UnsupportedError
 from foveate.core.grid import Grid
 from foveate.cost.explain import explain
 from foveate.kernels.attend import attend
+from foveate.kernels.cpu import backend
 from foveate.kernels.cpu.library import forced_isa, isa_levels
+from foveate.kernels.cpu.op import attend_cells
 from foveate.patterns.basic import BlockList, Causal, Explicit, Full, Sinks, SlidingWindow
 from foveate.patterns.grids import Halo, Lattice, Neighborhood, Windows
 from foveate.patterns.groups import ExplicitGroup
@@ -121,6 +123,16 @@ def routed(*lead, n=192, cells=6, seed=0, **options):
 @pytest.mark.parametrize("hkv", [4, 2, 1])
 def test_routed_cells(lead, hkv):
     check(Case(tensors(192, hkv=hkv), options={"where": routed(*lead), "return_lse": True}))
+
+
+def test_keys_that_heads_share_are_copied_for_gradients_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(backend, "attend_cells", lambda call: calls.append(call) or attend_cells(call))
+    q, k, v = (t.float() for t in tensors(192, hkv=2))
+    plain = attend(q, k, v, where=routed(2, 4), backend="cpu")
+    traced = attend(q.requires_grad_(), k, v, where=routed(2, 4), backend="cpu")
+    assert [call.k.shape[1] for call in calls] == [2, 4]
+    assert plain.equal(traced)
 
 
 def test_a_query_in_several_cells():

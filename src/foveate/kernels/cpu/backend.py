@@ -146,8 +146,8 @@ def run(problem: Problem, plan: Any) -> tuple[Float[Tensor, "b h nq dv"], Float[
 def _call(problem: Problem, q: Tensor, read: terms.Terms, cells: Packed) -> tuple[Tensor, Tensor]:
     arrays, (pairs, *facts) = cells
     q, k, v = (_whole(x) for x in (q, problem.k, problem.v))
-    if facts[1] > 1 and k.shape[1] < q.shape[1]:
-        # Cells of one head each: a key has its own queries for every head that reads it.
+    if facts[1] > 1 and k.shape[1] < q.shape[1] and problem.needs_grad:
+        # Cells of one head each: for its gradient a key has its own queries for every head that reads it.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     codes = [code for term in read.terms for code in (term.q_code, term.k_code)]
     call = Call(
