@@ -87,6 +87,8 @@ class Stripe:
 
     def reach(self, seen: Int[Tensor, "..."], factor: float) -> Int[Tensor, "..."]:
         """Return ceil(factor * seen^p')."""
+        if not factor:
+            return torch.zeros_like(seen)
         dtype = torch.float32 if self.official else torch.float64
         return (factor * seen.clamp(min=0).to(dtype) ** self.span_power).ceil().long()
 

@@ -81,7 +81,7 @@ def attend_spans(
     count = found.start.shape[-1]
     mask = None if present is None else present[:, None, None, :]
     # Every span of a head is a head of its own; the window is attended to once and merged into all of them.
-    each = q.repeat_interleave(count, dim=1)
+    each = q.unsqueeze(2).expand(-1, -1, count, -1, -1).flatten(1, 2)
     where = select_spans(found, k.shape[2], stripe)
     far, lse = attend(each, k, v, where=where, mask=mask, scale=scale, backend=backend, return_lse=True)
     far, lse, gates = (
