@@ -11,7 +11,7 @@ from foveate.core.errors import ArgumentError, UnsupportedError
 from foveate.core.grid import Grid
 from foveate.cost.explain import explain
 from foveate.kernels.attend import attend
-from foveate.kernels.cpu import backend
+from foveate.kernels.cpu import backend as core
 from foveate.kernels.cpu.library import forced_isa, isa_levels
 from foveate.kernels.cpu.op import attend_cells
 from foveate.patterns.basic import BlockList, Causal, Explicit, Full, Sinks, SlidingWindow
@@ -127,7 +127,7 @@ def test_routed_cells(lead, hkv):
 
 def test_keys_that_heads_share_are_copied_for_gradients_only(monkeypatch):
     calls = []
-    monkeypatch.setattr(backend, "attend_cells", lambda call: calls.append(call) or attend_cells(call))
+    monkeypatch.setattr(core, "attend_cells", lambda call: calls.append(call) or attend_cells(call))
     q, k, v = (t.float() for t in tensors(192, hkv=2))
     plain = attend(q, k, v, where=routed(2, 4), backend="cpu")
     traced = attend(q.requires_grad_(), k, v, where=routed(2, 4), backend="cpu")
