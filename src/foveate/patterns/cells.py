@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from foveate.patterns.groups import ExplicitGroup
+
 
 @dataclass(frozen=True, eq=False)
 class Cells:
@@ -22,6 +24,15 @@ class Cells:
     q_ids: Int[Tensor, "b h c tq"]
     k_ids: Int[Tensor, "b h c tk"]
     mask: Bool[Tensor, "..."] | None = None
+
+    def group(self) -> ExplicitGroup:
+        """Return the cells as a Schedule has them."""
+        return ExplicitGroup(self.q_ids, self.k_ids, self.mask)
+
+    def to(self, device: torch.device | str) -> Cells:
+        """Return the cells with their tensors on `device`."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return Cells(self.q_ids.to(device), self.k_ids.to(device), mask)
 
     def allowed(self) -> Bool[Tensor, "b h c tq tk"]:
         """Return the mask with absent queries and keys taken out."""

@@ -16,7 +16,6 @@ from foveate.core.errors import bad
 from foveate.core.lazy import cached_property
 from foveate.patterns.cells import Cells, cells_of
 from foveate.patterns.compose import refuse_phantoms
-from foveate.patterns.groups import ExplicitGroup
 from foveate.patterns.lower import lower
 from foveate.patterns.pattern import Pattern, check_int, check_length
 from foveate.patterns.schedule import Combine, Schedule
@@ -103,7 +102,7 @@ class Selection:
     @cached_property
     def schedule(self) -> Schedule:
         """The cells as a Schedule."""
-        groups = tuple(ExplicitGroup(cell.q_ids, cell.k_ids, cell.mask) for cell in self.cells)
+        groups = tuple(cell.group() for cell in self.cells)
         return Schedule(self.n_q, self.n_k, groups, self.combine)
 
     @property
@@ -119,12 +118,7 @@ class Selection:
 
     def to(self, device: torch.device | str) -> Selection:
         """Return the selection with its tensors on `device`."""
-        return self._with(
-            [
-                Cells(c.q_ids.to(device), c.k_ids.to(device), None if c.mask is None else c.mask.to(device))
-                for c in self.cells
-            ]
-        )
+        return self._with([cell.to(device) for cell in self.cells])
 
     def check(self, n_q: int, n_k: int) -> None:
         """Raise an ArgumentError unless the selection was made for these lengths."""
