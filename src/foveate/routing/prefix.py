@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from foveate.core.errors import bad
-from foveate.patterns.cells import Cells, cells_of
+from foveate.patterns.bits import WORD, cells_of_bits, low_bits
+from foveate.patterns.cells import Cells
 from foveate.patterns.pattern import check_int
 from foveate.patterns.selection import Selection
 from foveate.routing.blocks import block_count, select_blocks
@@ -57,25 +58,109 @@ def select_prefix_top(
     tile = min(max(size, 16), 128) if tile is None else check_int(tile, "tile", 1)
     # A few queries at the end need no tile of empty rows.
     tile = max(min(tile, n_q), 1)
-    tops = _tops(scores.detach(), size, n_q, present, tile)
+    tops = list(_tops(scores.detach(), size, n_q, present, tile))
     if check_int(smooth, "smooth", 1) > 1:
-        parts = [_block_counts(ids, kept, n_k, smooth) for _, ids, kept in tops]
+        parts = []
+        for first, ids in tops:
+            kept = _kept(ids, *_limits(ids, torch.tensor(first, device=ids.device), size, tile))
+            parts.append(_block_counts(ids, kept, n_k, smooth))
         counts = torch.cat(parts, 2)[:, :, :n_q] if parts else scores.new_zeros(*scores.shape[:2], 0, 0)
         return select_smooth(counts.long(), smooth, n_k, group=group, rows=tile)
-    shapes: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+    # Early tiles know fewer keys than their width and stay by themselves: all others have no absent key.
+    shapes: dict[tuple[int, bool], list[tuple[int, Tensor]]] = {}
     for cell in tops:
-        shapes.setdefault(cell[1].shape[-1], []).append(cell)
-    rows = torch.arange(tile * group, device=scores.device)
+        shapes.setdefault((cell[1].shape[-1], cell[0] < size), []).append(cell)
     cells = []
     for same in shapes.values():
-        firsts = torch.tensor([first for first, _, _ in same], device=scores.device) - (n_k - n_q)
-        q_ids = firsts[:, None] * group + rows
-        q_ids = torch.where(q_ids < n_q * group, q_ids, -1)
-        k_ids = torch.stack([ids for _, ids, _ in same], dim=2)
-        kept = torch.stack([kept for _, _, kept in same], dim=2).repeat_interleave(group, dim=3)
-        cells.append(cells_of(q_ids[None, None], k_ids, kept))
+        firsts = torch.tensor([first for first, _ in same], device=scores.device)
+        ids = torch.stack([ids for _, ids in same], dim=2)
+        cells.append(_cells(ids, firsts, size, tile, group, n_q, n_k))
     nothing = torch.full((1, 1, 1, 1), -1, device=scores.device)
     return Selection.of_cells(cells or [Cells(nothing, nothing)], n_q * group, n_k)
+
+
+def _cells(
+    ids: Int[Tensor, "b h c w"],
+    firsts: Int[Tensor, "c"],
+    size: int,
+    tile: int,
+    group: int,
+    n_q: int,
+    n_k: int,
+) -> Cells:
+    """Make the cells of some tiles: pieces of at most 64 rows, all over the keys of their tile."""
+    limit, since = _limits(ids, firsts, size, tile)
+    pieces = -(-tile * group // WORD)
+    rows = torch.arange(pieces * WORD, device=ids.device).view(pieces, WORD)[:, : tile * group]
+    q_ids = (firsts - (n_k - n_q))[:, None, None] * group + rows
+    q_ids = torch.where((rows < tile * group) & (q_ids < n_q * group), q_ids, -1)
+    words = _words(limit, since, rows // group)
+    words = words.masked_fill_((ids < 0)[:, :, :, None], 0)
+    # No bit for rows that stand behind the end.
+    words &= low_bits((q_ids >= 0).sum(-1))[..., None]
+    shape = (*ids.shape[:3], pieces, ids.shape[3])
+    k_ids = ids[:, :, :, None].expand(shape).flatten(2, 3)
+    return cells_of_bits(q_ids.flatten(0, 1)[None, None], k_ids, words.flatten(2, 3))
+
+
+def _limits(
+    ids: Int[Tensor, "*lead w"], first: Int[Tensor, "*some"], size: int, tile: int
+) -> tuple[Int[Tensor, "*lead t"], Int[Tensor, "*lead w"]]:
+    """Return the column up to which each position takes all it can see, and since which position keys are seen.
+
+    Args:
+        ids: keys by rising rank, best first.
+        first: first position of the tile.
+        size: keys per query.
+        tile: positions.
+    """
+    since = (ids - first[..., None]).clamp(min=0)
+    own = ids >= first[..., None]
+    # Where in the order each of the tile's own keys stands, and then those keys in the order.
+    column = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+    # Keys that nobody may take stand behind everything.
+    place = torch.full((*ids.shape[:-1], tile + 1), ids.shape[-1] + size, device=ids.device)
+    place = place.scatter_(-1, torch.where(own, since, tile), column)[..., :tile]
+    place, position = place.sort(dim=-1)
+    # Narrow numbers: as far as a tile from the last one is all that matters.
+    small = torch.int16 if tile < 1 << 14 else torch.int64
+    over = (place - size).clamp(-tile - 1, tile + 1).to(small)
+    later = position.to(small)[..., None, :] > torch.arange(tile, dtype=small, device=ids.device)[:, None]
+    # A later key of the tile that stands among what a query takes moves the last one it takes one on. As many
+    # visible keys stand before the j-th of them as its column says, less j.
+    number = later.cumsum(-1, dtype=small)
+    pushed = later & (over[..., None, :] - number < -1)
+    # They are the first of the later ones, so that the last one's number is how many they are.
+    return size - 1 + (number * pushed).amax(-1).long(), since
+
+
+def _kept(ids: Tensor, limit: Tensor, since: Tensor) -> Bool[Tensor, "*lead t w"]:
+    """Return which position takes which key."""
+    column = torch.arange(ids.shape[-1], device=ids.device)
+    position = torch.arange(limit.shape[-1], device=ids.device)[:, None]
+    kept = (column <= limit[..., None]) & (since[..., None, :] <= position)
+    return kept & (ids >= 0)[..., None, :]
+
+
+def _words(
+    limit: Int[Tensor, "*lead t"], since: Int[Tensor, "*lead w"], rows: Int[Tensor, "pieces r"]
+) -> Int[Tensor, "*lead pieces w"]:
+    """Return `_kept` as words of the rows of every piece, `rows` the position of each."""
+    lead, width = since.shape[:-1], since.shape[-1]
+    pieces, count = rows.shape
+    bits = torch.ones((), dtype=torch.int64, device=rows.device) << torch.arange(count, device=rows.device)
+    positions = limit.shape[-1]
+    real = rows < positions
+    # Every row gives its bit to the last column it takes; sums from behind give it to all before it.
+    last = limit[..., rows.clamp(max=positions - 1)].clamp(max=width - 1)
+    until = torch.zeros(*lead, pieces, width, dtype=torch.int64, device=rows.device)
+    until.scatter_add_(-1, last, torch.where(real, bits, 0).expand(last.shape))
+    until = until.flip(-1).cumsum(-1).flip(-1)
+    # The rows that stand at a position or behind it.
+    behind = rows[:, None, :] >= torch.arange(positions, device=rows.device)[:, None]
+    behind = (behind * bits).sum(-1)
+    at = since.clamp(max=positions - 1)
+    return until & behind.transpose(0, 1)[at].movedim(-1, -2)
 
 
 def select_smooth(
@@ -119,8 +204,8 @@ def seen_sizes(
 
 def _tops(
     scores: Tensor, size: int, n_q: int, present: Tensor | None, tile: int
-) -> Iterator[tuple[int, Int[Tensor, "b h w"], Bool[Tensor, "b h t w"]]]:
-    """Yield, for each tile of positions: its first position, key ids (-1 for none), which query takes which."""
+) -> Iterator[tuple[int, Int[Tensor, "b h w"]]]:
+    """Yield, for each tile of positions: its first position, and key ids by rising rank (-1 for none, at the end)."""
     n_k = scores.shape[-1]
     if not n_q:
         return
@@ -140,10 +225,7 @@ def _tops(
         width = min(size, 1 << (start - 1).bit_length() if start else 0)
         known = functional.pad(best, (0, width - best.shape[-1]), value=n_k)
         ranked = torch.cat([known, ranks[..., start : start + tile]], dim=-1).sort(dim=-1).values
-        ids = order.gather(-1, ranked)
-        at = torch.arange(start, start + tile, device=scores.device)
-        visible = (ids[..., None, :] <= at[:, None]) & (ids >= 0)[..., None, :]
-        yield start, ids, visible & (visible.cumsum(-1, dtype=torch.int32) <= size)
+        yield start, order.gather(-1, ranked)
         best = ranked[..., : min(size, start + tile)]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from foveate.core.errors import UnsupportedError, bad
 from foveate.kernels.cpu.library import FLATTEN, TRANSPOSE, CellsArg, IdsArg, library
+from foveate.patterns.bits import BitGroup, low_bits
 from foveate.patterns.boxes import AxisClass, BoxGroup
 from foveate.patterns.groups import ExplicitGroup, runs_of
 from foveate.patterns.schedule import Schedule
@@ -71,7 +72,7 @@ def flatten(schedule: Schedule) -> tuple[Flat, Facts, bool]:
         flat = _joined([_box(group) for group in schedule.groups])  # type: ignore[arg-type]
         single = schedule.product is not None or flat.own.unique().numel() == flat.own.numel()
     else:
-        flat, single = _listed(schedule)
+        flat, single = _worded(schedule) or _listed(schedule)
     facts = _facts(flat, lead_b, lead_h, schedule.n_q)
     check(flat, facts, schedule.n_q, schedule.n_k, lead_b, lead_h)
     return flat, facts, single
@@ -113,6 +114,16 @@ def _facts(flat: Flat, lead_b: int, lead_h: int, n_own: int) -> Facts:
 
 
 # ---- cells that list their ids ------------------------------------------------------------------------------------
+
+
+def _worded(schedule: Schedule) -> tuple[Flat, bool] | None:
+    """Flatten cells that all have words instead of masks, None for others."""
+    from foveate.kernels.cpu.words import flatten_words  # which makes a `Flat`
+
+    groups = [group for group in schedule.groups if isinstance(group, BitGroup)]
+    if not groups or len(groups) < len(schedule.groups) or 0 in schedule.leading:
+        return None
+    return flatten_words(groups, schedule.leading, schedule.n_q)
 
 
 def _listed(schedule: Schedule) -> tuple[Flat, bool]:
@@ -176,7 +187,7 @@ def _box(group: BoxGroup) -> Flat:
     if index is not None:
         words = _box_words(group)
         masks = words.reshape(-1)
-        full = (words == _low_bits(torch.tensor(group.tq))).all(1)
+        full = (words == low_bits(torch.tensor(group.tq))).all(1)
         mask_at = torch.where(full[index], -1, index * group.tk * 8)
     own_ptr, run_ptr = (torch.arange(cells + 1) * n for n in (group.tq, runs.shape[1]))
     both = torch.tensor([0, cells])
@@ -193,7 +204,7 @@ def _box_words(group: BoxGroup) -> Int[Tensor, "v tk"]:
             seen = (total >> row & 1)[:, None, :, None]
             joined |= seen * (words << row * axis.q_count)[None, :, None, :]
         total, rows = joined.flatten(2).flatten(0, 1), rows * axis.q_count
-    return F.pad(total, (group.lead, 0), value=int(_low_bits(torch.tensor(group.tq))))
+    return F.pad(total, (group.lead, 0), value=int(low_bits(torch.tensor(group.tq))))
 
 
 def _axis_words(axis: AxisClass) -> Int[Tensor, "v k"]:
@@ -204,14 +215,6 @@ def _axis_words(axis: AxisClass) -> Int[Tensor, "v k"]:
     steps = torch.zeros(axis.n_variants, axis.k_count + 1, dtype=torch.int64)
     steps.scatter_add_(1, axis.first, bits).scatter_add_(1, last, -bits)
     return steps.cumsum(1)[:, :-1]
-
-
-def _low_bits(count: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """Return words whose `count` lowest bits are set, 0 <= count <= 64."""
-    shift = torch.ones_like(count) << count.clamp(max=62)
-    words = shift - 1
-    words = torch.where(count == 63, (1 << 63) - 1, words)
-    return torch.where(count == 64, -1, words)
 
 
 def _joined(parts: Sequence[Flat]) -> Flat:
