@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from foveate.core.errors import bad
-from foveate.routing.blocks import Pooling, choose_above, choose_top, pool_blocks, rank_levels
+from foveate.routing.blocks import Pooling, choose_above, choose_count, choose_top, pool_blocks
 from foveate.routing.truth import block_weights
 from foveate.scores.rotary import rotary, rotate
 
@@ -153,7 +153,7 @@ class BlockGate(nn.Module):
         """
         if keys.shape[1] < self.heads:
             keys = keys.repeat_interleave(self.heads // keys.shape[1], 1)
-        logits = queries @ keys.transpose(-1, -2) * self.gate_dim**-0.5
+        logits = (queries * self.gate_dim**-0.5) @ keys.transpose(-1, -2)
         if mask is None:
             return logits
         if mask.is_floating_point():
@@ -235,7 +235,7 @@ def gate_loss(
 
 def choose_blocks(
     logits: Float[Tensor, "b h q_blocks k_blocks"],
-    allowed: Bool[Tensor, "..."],
+    allowed: Bool[Tensor, "#q_blocks #k_blocks"],
     *,
     threshold: float | None = None,
     ratio: float | None = None,
@@ -246,7 +246,7 @@ def choose_blocks(
 
     Args:
         logits: of the gate, masked.
-        allowed: blocks that can be chosen.
+        allowed: (q_blocks, k_blocks), blocks that can be chosen.
         threshold: take blocks of which the row's softmax is above it.
         ratio: instead, take as many best blocks per row as leave this share of a causal map, at least one.
         triangle: whether `allowed` is the causal triangle of blocks, of which k columns are a share of
@@ -265,8 +265,8 @@ def choose_blocks(
     elif triangle:
         chosen = choose_top(logits, max(1, int((1 - (1 - ratio) ** 0.5) * logits.shape[-1])), allowed)
     else:
-        share = (allowed.expand(logits.shape).sum(-1, keepdim=True) * ratio).long().clamp(min=1)
-        chosen = rank_levels(logits, share, (1,), allowed) > 0
+        share = (allowed.expand(logits.shape[-2:]).sum(-1) * ratio).long().clamp(min=1)
+        chosen = choose_count(logits, share, allowed)
     if dense_rows:
         last = torch.arange(logits.shape[2], device=logits.device) >= logits.shape[2] - dense_rows
         chosen = chosen | (last[:, None] & allowed)
