@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from foveate.core.tracing import constant_while_tracing, fixed
 from foveate.kernels.constants import is_traced
-from foveate.kernels.cpu import slots, terms
+from foveate.kernels.cpu import parts, slots, terms
 from foveate.kernels.cpu.job import DTYPES, Call
 from foveate.kernels.cpu.library import ISA_NAMES, absent, isa
 from foveate.kernels.cpu.op import attend_cells
@@ -103,6 +103,8 @@ def nanoseconds(problem: Problem, tile: tuple[int, ...] | None) -> float:
     schedule = problem.schedule
     if schedule is None:
         one = static_cost(_where(problem), fixed(problem.n_q), fixed(problem.n_k), tile, fixed(width))
+    elif parts.apart(problem):
+        one = parts.apart_cost(schedule, width)
     else:
         one = cost(single(schedule) if problem.one_rule else schedule, width)
     return CALL + problem.batch * problem.heads * one / 2
@@ -133,6 +135,10 @@ def run(problem: Problem, plan: Any) -> tuple[Float[Tensor, "b h nq dv"], Float[
     read = terms.read(problem, lambda slopes=None: _reach(problem, plan.tile, slopes))
     if 0 in (*problem.q.shape, *problem.k.shape):
         return _nothing(problem, read)
+    if parts.apart(problem):
+        q, k, v = (_whole(x) for x in (problem.q, problem.k, problem.v))
+        out, lse = parts.attend_apart(problem, plan.schedule.to("cpu"), q, k, v)
+        return out[..., : problem.d_v], lse if problem.return_lse else None
     if problem.one_rule:
         cells = _cells(problem, plan, with_keys=problem.needs_grad)
         out, lse = _call(problem, problem.q, read, cells)

@@ -158,6 +158,30 @@ def backward(
     return Grads(dq, dk, dv, d_factor, d_sink, d_tables)
 
 
+def query_gradient(
+    call: Call,
+    grad: Float[Tensor, "b h nq dv"],
+    lse: Float32[Tensor, "b h nq"],
+    delta: Float32[Tensor, "b h nq"],
+) -> Float[Tensor, "b h nq d"]:
+    """Return the gradient of q, given the lse of all keys of a query and `delta`, rowsum(grad * out) less its grad."""
+    job = _job(call)
+    job.d_out, job.lse, job.delta = _tensor(grad), lse.data_ptr(), delta.data_ptr()
+    return _query_pass(call, job, Wanted(True, False, False, False, []))[0]
+
+
+def key_gradients(
+    call: Call,
+    grad: Float[Tensor, "b h nq dv"],
+    lse: Float32[Tensor, "b h nq"],
+    delta: Float32[Tensor, "b h nq"],
+) -> tuple[Float[Tensor, "b hkv nk d"], Float[Tensor, "b hkv nk dv"]]:
+    """Return the gradients of k and v, given what `query_gradient` is given."""
+    job = _job(call)
+    job.d_out, job.lse, job.delta = _tensor(grad), lse.data_ptr(), delta.data_ptr()
+    return _key_pass(call, job)
+
+
 def _query_pass(call: Call, job: Job, wanted: Wanted) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     flat, facts = call.by_query()
     b, h, n_q, _ = call.q.shape

@@ -16,7 +16,7 @@ from foveate.kernels.cpu.flatten import check as check_cells
 from foveate.kernels.cpu.job import Call, Grads, Wanted, backward, check, empty_like, forward
 from foveate.kernels.cpu.library import SIGMOID
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def attend_cells(call: Call) -> tuple[Tensor, Tensor]:
@@ -28,7 +28,7 @@ def attend_cells(call: Call) -> tuple[Tensor, Tensor]:
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or any(x is not None and type(x) not in _PLAIN for x in inputs)
+        or any(x is not None and type(x) not in PLAIN for x in inputs)
     ):
         return attend_cells_op(*call)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):

@@ -70,17 +70,18 @@ def single(schedule: Schedule) -> Schedule:
     Raises:
         ArgumentError: if an id lies outside of the schedule's lengths.
     """
-    if schedule.product is not None or _flattened(schedule)[2]:
+    if schedule.product is not None or flattened(schedule)[2]:
         return schedule
     return schedule.memo("cpu single", lambda: schedule.transpose(LANES).transpose(LANES))
 
 
 def flat(schedule: Schedule) -> tuple[Flat, Facts]:
     """Return `flatten(schedule)`, kept with the schedule."""
-    return _flattened(schedule)[:2]
+    return flattened(schedule)[:2]
 
 
-def _flattened(schedule: Schedule) -> tuple[Flat, Facts, bool]:
+def flattened(schedule: Schedule) -> tuple[Flat, Facts, bool]:
+    """Return `flatten(schedule)`: cells, facts, whether each query stands in one cell at most; kept with it."""
     return schedule.memo("cpu flat", lambda: flatten(schedule))
 
 

@@ -38,10 +38,8 @@ from foveate.mechanisms.projections import merge_heads, split_heads
 from foveate.patterns.basic import Causal
 from foveate.patterns.selection import Selection
 from foveate.routing.blocks import block_count, causal_blocks, select_blocks
+from foveate.routing.takers import select_alone
 from foveate.scores.rotary import rotary
-
-# Single queries that share a cell, so that kernels can fill their lanes.
-_TOGETHER = 16
 
 
 def block_sparse_attention(
@@ -192,8 +190,9 @@ class SeerAttention(nn.Module):
             chosen = self.choose(logits, allowed, published=self.causal and self.route == "block")
             own = self._own(n, q.device)[:, None]
             chosen = chosen | (torch.arange(allowed.shape[1], device=q.device) == own)
-        together = _TOGETHER if rows == 1 else 1
-        return select_blocks(chosen, rows, self.block, n, n, causal=self.causal, rows=together)
+        if rows == 1:
+            return select_alone(chosen, self.block, n, n, causal=self.causal)
+        return select_blocks(chosen, rows, self.block, n, n, causal=self.causal)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid) -> Float[Tensor, "b n c"]:
         """Mix the tokens of `grid`, in row-major order.
