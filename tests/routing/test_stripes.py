@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.core.errors import ArgumentError
-from foveate.patterns.selection import Selection
-from foveate.routing.stripes import StripeRouter, largest_logits
+from foveate.routing.stripes import StripeRouter
 
 ROUTERS = st.builds(
     StripeRouter,
@@ -108,21 +107,30 @@ def test_coordinates_list_the_keys_of_runs():
         StripeRouter(each=True).coordinates(q, k, anchors, 0.5)
 
 
-def test_largest_logits_of_routed_cells_and_of_queries_in_none():
-    q, k = torch.randn(2, 2, 6, 4), torch.randn(2, 2, 5, 4)
-    q_ids = torch.tensor([[0, 1, -1], [3, 1, 4]]).expand(2, 2, 2, 3)
-    k_ids = torch.randint(5, (2, 2, 2, 2))
-    k_ids[..., 1, 1] = -1
-    selection = Selection(q_ids, k_ids, n_q=6, n_k=5)
-    logits = (q @ k.transpose(-1, -2)).masked_fill(~selection.dense(), float("-inf"))
-    got = largest_logits(q, k, selection, 1.0)
-    torch.testing.assert_close(got, logits.amax(-1))
-    assert got[:, :, [2, 5]].isneginf().all()
-
-
 @pytest.mark.parametrize(
     ("name", "value"), [("block", 0), ("step", 0), ("init", -1), ("local", 0), ("theta", math.nan)]
 )
 def test_bad_options_are_named(name, value):
     with pytest.raises(ArgumentError, match=name):
         StripeRouter(**{name: value})
+
+
+@pytest.mark.parametrize("entries", [1 << 20, 70])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"local": 3},
+        {"init": 0},
+        {"init": 2, "official": True},
+        {"step": 3, "init": 3, "local": 2, "each": True},
+    ],
+)
+def test_anchors_are_the_largest_logits_over_what_is_near(options, entries, monkeypatch):
+    monkeypatch.setattr("foveate.routing.stripes._ENTRIES", entries)
+    router = StripeRouter(**({"block": 4, "step": 2} | options))
+    for n, heads in ((1, 2), (5, 4), (8, 2), (50, 4)):
+        q, k = torch.randn(2, heads, n, 6), torch.randn(2, 2, n, 6)
+        logits = 0.3 * q @ k.repeat_interleave(heads // 2, 1).transpose(-1, -2)
+        expected = logits.masked_fill(~router.near(n).dense(), float("-inf")).amax(-1)
+        torch.testing.assert_close(router.anchors(q, k, 0.3), expected)

@@ -91,7 +91,30 @@ class StripeRouter:
         self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h_kv n d"], scale: float
     ) -> Float[Tensor, "b h n"]:
         """Return every query's largest logit over `near`, as wide as sums are kept."""
-        return largest_logits(q, k, self.near(q.shape[2], q.device), scale)
+        n, groups, run = q.shape[2], q.shape[1] // max(k.shape[1], 1), self.run
+        compute = accumulation_dtype(q.dtype)
+        rows, keys = (q.to(compute) * scale).unflatten(1, (-1, groups)), k.to(compute).unsqueeze(2)
+        first = min(n, self.init * (self.run if self.official else self.block))
+        top = rows.new_full(rows.shape[:4], float("-inf"))
+        for start in range(0, n, max(1, _ENTRIES // max(first, 1))) if first else ():
+            some = slice(start, start + max(1, _ENTRIES // first))
+            logits = rows[:, :, :, some] @ keys[:, :, :, :first].transpose(-1, -2)
+            if start < first:
+                logits = logits.masked_fill(_future(logits.shape[3], first, start, q.device), float("-inf"))
+            top[..., some] = logits.amax(-1)
+        # Runs beside one another; what fills the last one up stands behind all its queries.
+        rows, keys = (functional.pad(x, (0, 0, 0, -n % run)).unflatten(3, (-1, run)) for x in (rows, keys))
+        nearby = functional.pad(top, (0, -n % run)).unflatten(3, (-1, run))
+        few = max(1, _ENTRIES // run**2)
+        for start in range(0, rows.shape[3], few):
+            for back in range(min(self.local, start + few)):
+                mine = slice(max(start, back), start + few)
+                theirs = slice(mine.start - back, max(min(start + few, rows.shape[3]) - back, 0))
+                logits = rows[:, :, :, mine] @ keys[:, :, :, theirs].transpose(-1, -2)
+                if not back:
+                    logits = logits.masked_fill(_future(run, run, 0, q.device), float("-inf"))
+                nearby[:, :, :, mine] = torch.maximum(nearby[:, :, :, mine], logits.amax(-1))
+        return nearby.flatten(3)[..., :n].flatten(1, 2)
 
     def searched(self, run: int) -> tuple[int, int]:
         """Return the first key that a run searches and the one after the last; none where they cross."""
@@ -164,41 +187,15 @@ class StripeRouter:
         return Selection.of_cells(packed or [Cells(nothing, nothing)], q.shape[2], k.shape[2])
 
 
-def largest_logits(
-    q: Float[Tensor, "b h n_q d"], k: Float[Tensor, "b h_kv n_k d"], selection: Selection, scale: float
-) -> Float[Tensor, "b h n_q"]:
-    """Return the largest of each query's logits over the keys it is given, -inf where it has none.
-
-    A few cells at a time: memory goes with the cells, not with N x N.
-    """
-    b, h, n_q, _ = q.shape
-    compute, groups = accumulation_dtype(q.dtype), q.shape[1] // max(k.shape[1], 1)
-    q, k = q.to(compute) * scale, k.to(compute).repeat_interleave(groups, 1)
-    # The last place takes what absent queries would get.
-    top = torch.full((b, h, n_q + 1), float("-inf"), dtype=compute, device=q.device)
-    for cells in selection.cells:
-        tq, tk = cells.q_ids.shape[3], cells.k_ids.shape[3]
-        few = max(1, _ENTRIES // max(tq * tk, 1))
-        parts = zip(cells.q_ids.split(few, 2), cells.k_ids.split(few, 2), strict=True)
-        for i, (q_ids, k_ids) in enumerate(parts):
-            mask = cells.mask
-            if mask is not None and mask.shape[2] > 1:
-                mask = mask[:, :, i * few : (i + 1) * few]
-            allowed = Cells(q_ids, k_ids, mask).allowed()
-            ids, rows = q_ids.expand(b, h, -1, -1).flatten(2), _rows(q, q_ids)
-            logits = (rows @ _rows(k, k_ids).transpose(-1, -2)).masked_fill(~allowed, float("-inf"))
-            top.scatter_reduce_(2, torch.where(ids < 0, n_q, ids), logits.amax(-1).flatten(2), "amax")
-    return top[..., :n_q]
-
-
-def _rows(x: Float[Tensor, "b h n d"], ids: Int[Tensor, "#b #h c t"]) -> Float[Tensor, "b h c t d"]:
-    flat = ids.clamp(min=0).expand(*x.shape[:2], -1, -1).flatten(2)[..., None].expand(-1, -1, -1, x.shape[3])
-    return x.gather(2, flat).unflatten(2, ids.shape[2:])
+def _future(rows: int, keys: int, start: int, device: torch.device) -> Bool[Tensor, "rows keys"]:
+    """Say which of the first keys come after which of the queries from `start` on."""
+    at = torch.arange(start, start + rows, device=device)[:, None]
+    return torch.arange(keys, device=device) > at
 
 
 def _front(hits: Bool[Tensor, "*lead keys"]) -> tuple[Int[Tensor, "*lead width"], Int[Tensor, "*lead"]]:
     """Return the places of the hits, ascending, as wide as the most there are; and how many each row has."""
-    count = hits.sum(-1)
+    count = hits.float().sum(-1).long()  # sums of floats are quick, and exact for fewer than 2^24 keys
     width = int(count.max()) if count.numel() else 0
     return (~hits).to(torch.uint8).argsort(dim=-1, stable=True)[..., :width], count
 
