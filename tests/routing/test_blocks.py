@@ -13,7 +13,6 @@ from foveate.routing.blocks import (
     block_sizes,
     causal_blocks,
     choose_above,
-    choose_count,
     choose_mass,
     choose_top,
     mass_counts,
@@ -178,19 +177,3 @@ def test_tables_that_do_not_fit_are_named():
     ):
         with pytest.raises(ArgumentError, match="chosen"):
             select_blocks(chosen, 4, 4, 8, 8)
-
-
-@pytest.mark.parametrize("values", [None, 3])
-def test_as_many_of_the_best_as_each_row_is_told(values):
-    for trial in range(12):
-        scores = torch.randn(2, 2, 200, 9)
-        if values is not None:  # few values, so that there are ties
-            scores = torch.randint(0, values, scores.shape).float()
-        allowed = (
-            torch.rand(200, 9) < 0.7 if trial % 2 else torch.arange(9) < torch.arange(200)[:, None] // 20
-        )
-        count = torch.randint(1, 9, (200,)) if trial % 3 else (allowed.sum(-1) // 2).clamp(min=1)
-        assert choose_count(scores, count, allowed).equal(
-            rank_levels(scores, count[:, None], (1,), allowed) > 0
-        )
-        assert choose_count(scores, count).equal(rank_levels(scores, count[:, None], (1,)) > 0)

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from foveate.core.errors import bad
-from foveate.routing.blocks import Pooling, choose_above, choose_count, choose_top, pool_blocks
+from foveate.routing.blocks import Pooling, choose_above, choose_top, pool_blocks
+from foveate.routing.counted import choose_count
 from foveate.routing.truth import block_weights
 from foveate.scores.rotary import rotary, rotate
 
