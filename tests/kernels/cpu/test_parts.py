@@ -56,8 +56,26 @@ def test_what_the_parts_cannot_do_goes_the_other_way_and_stays_right():
         assert not parts.apart(Problem.of(q, k, v, where=where))
         found = attend(q, k, v, where=where, backend="cpu")
     torch.testing.assert_close(found, attend(q, k, v, where=where, backend="cpu"), atol=2e-5, rtol=2e-5)
-    half = [x.bfloat16() for x in (q, k, v)]
-    assert not parts.apart(Problem.of(*half, where=where))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_no_more_than_plain_attention(dtype):
+    n = 300
+    where = select_takers(choose(n, n, 16, (1, 1)), 16, n, n, causal=True)
+    inputs = [torch.randn(1, 2, n, 16).to(dtype) for _ in range(3)]
+    weight = torch.randn(1, 2, n, 16).to(dtype)
+
+    def run(backend, dtype, **options):
+        given = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = attend(*given, backend=backend, **options)
+        return [out, *torch.autograd.grad((out * weight.to(dtype)).sum(), given)]
+
+    assert parts.apart(Problem.of(*inputs, where=where))
+    exact = run("reference", torch.float64, where=where)
+    plain, mine = run("sdpa", dtype, mask=where.dense()), run("cpu", dtype, where=where)
+    for index, (a, b, c) in enumerate(zip(mine, plain, exact, strict=True)):
+        here, there = ((x.double() - c).square().mean().sqrt() for x in (a, b))
+        assert here <= (3 if index else 2) * there
 
 
 def test_copies_are_made_for_a_stretch_of_queries_at_a_time():

@@ -76,8 +76,7 @@ def apart(problem: Problem) -> bool:
     ):
         return False
     plain = type(problem.weigh) is Softmax and problem.weigh.sink is None and problem.mask is None
-    # Parts in half precision would be rounded before they are merged.
-    if not plain or len(problem.score) + len(problem.after) or problem.dtype != torch.float32:
+    if not plain or len(problem.score) + len(problem.after):
         return False
     if 0 in (*problem.q.shape, *problem.k.shape) or schedule.product is not None:
         return False
@@ -119,7 +118,7 @@ class _Apart(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         schedule, scale, needs = ctx.schedule, ctx.scale, ctx.needs_input_grad
         grad = torch.zeros_like(out) if grad is None else grad if grad.stride(3) == 1 else grad.contiguous()
-        delta = (grad * out).sum(-1).contiguous()
+        delta = (grad.float() * out.float()).sum(-1).contiguous()
         if grad_lse is not None:
             delta -= grad_lse.masked_fill(lse == NEG_INF, 0.0)
         dq = dk = dv = None
@@ -176,10 +175,10 @@ def _copied(x: Float[Tensor, "n *w"], width: int) -> Float[Tensor, "1 1 copies *
 
 
 def _merge(
-    outs: Float32[Tensor, "copies dv"],
+    outs: Float[Tensor, "copies dv"],
     lses: Float32[Tensor, "copies"],
     width: int,
-    out: Float32[Tensor, "n dv"],
+    out: Float[Tensor, "n dv"],
     lse: Float32[Tensor, "n"],
 ) -> None:
     """Write what the copies of each query say together; copies in no cell have lse -inf and out 0."""
@@ -189,7 +188,7 @@ def _merge(
     total = share.sum(1)
     lse.copy_(top + total.log())
     share /= total.clamp(min=torch.finfo(total.dtype).tiny)[:, None]
-    out.copy_(torch.bmm(share[:, None], outs.view(-1, width, outs.shape[1]))[:, 0])
+    out.copy_(torch.bmm(share[:, None], outs.float().view(-1, width, outs.shape[1]))[:, 0])
 
 
 def _parts(schedule: Schedule) -> list[Part]:
