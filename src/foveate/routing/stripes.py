@@ -93,14 +93,16 @@ class StripeRouter:
         """Return every query's largest logit over `near`, as wide as sums are kept."""
         n, groups, run = q.shape[2], q.shape[1] // max(k.shape[1], 1), self.run
         compute = accumulation_dtype(q.dtype)
-        rows, keys = (q.to(compute) * scale).unflatten(1, (-1, groups)), k.to(compute).unsqueeze(2)
+        # Rows of a head beside one another once, instead of in every product.
+        rows, keys = (q.to(compute) * scale).contiguous(), k.to(compute).contiguous()
+        rows, keys = rows.unflatten(1, (-1, groups)), keys.unsqueeze(2)
         first = min(n, self.init * (self.run if self.official else self.block))
         top = rows.new_full(rows.shape[:4], float("-inf"))
         for start in range(0, n, max(1, _ENTRIES // max(first, 1))) if first else ():
             some = slice(start, start + max(1, _ENTRIES // first))
             logits = rows[:, :, :, some] @ keys[:, :, :, :first].transpose(-1, -2)
             if start < first:
-                logits = logits.masked_fill(_future(logits.shape[3], first, start, q.device), float("-inf"))
+                logits.masked_fill_(_future(logits.shape[3], first, start, q.device), float("-inf"))
             top[..., some] = logits.amax(-1)
         # Runs beside one another; what fills the last one up stands behind all its queries.
         rows, keys = (functional.pad(x, (0, 0, 0, -n % run)).unflatten(3, (-1, run)) for x in (rows, keys))
@@ -112,7 +114,7 @@ class StripeRouter:
                 theirs = slice(mine.start - back, max(min(start + few, rows.shape[3]) - back, 0))
                 logits = rows[:, :, :, mine] @ keys[:, :, :, theirs].transpose(-1, -2)
                 if not back:
-                    logits = logits.masked_fill(_future(run, run, 0, q.device), float("-inf"))
+                    logits.masked_fill_(_future(run, run, 0, q.device), float("-inf"))
                 nearby[:, :, :, mine] = torch.maximum(nearby[:, :, :, mine], logits.amax(-1))
         return nearby.flatten(3)[..., :n].flatten(1, 2)
 
