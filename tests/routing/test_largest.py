@@ -51,6 +51,12 @@ def test_rows_that_counting_leaves_are_sorted(monkeypatch):
     is_right(x, 50, largest_mask(x, 50))
 
 
+def test_compiled_it_is_one_graph():
+    x = torch.randn(6, 20)
+    compiled = torch.compile(largest_mask, backend="eager", fullgraph=True)
+    assert compiled(x, 7).equal(largest_mask(x, 7))
+
+
 @pytest.mark.parametrize("count", [0, 5])
 def test_a_bad_count_is_named(count):
     with pytest.raises(ArgumentError, match=r"^count:"):

@@ -41,14 +41,19 @@ def largest_mask(x: Float[Tensor, "rows n"], count: int) -> Bool[Tensor, "rows n
     x = x.to(accumulation_dtype(x.dtype))
     if count == n:
         return x > float("-inf")
+    if x.device.type != "cpu" or n >= 1 << 24 or torch.compiler.is_compiling():
+        return _by_topk(x, count)  # every pass would wait for the device; counts are exact up to 2^24
     cut = _cuts(x, count)
     mask = x > cut
     left = cut.isnan().squeeze(-1)
-    if torch.compiler.is_compiling() or bool(left.any()):
-        some = x[left]
-        top = some.topk(count, dim=-1, sorted=False)
-        mask[left] = torch.zeros_like(some, dtype=torch.bool).scatter(-1, top.indices, ~top.values.isneginf())
+    if bool(left.any()):
+        mask[left] = _by_topk(x[left], count)
     return mask
+
+
+def _by_topk(x: Float[Tensor, "rows n"], count: int) -> Bool[Tensor, "rows n"]:
+    top = x.topk(count, dim=-1, sorted=False)
+    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, top.indices, ~top.values.isneginf())
 
 
 def _cuts(x: Float[Tensor, "rows n"], count: int) -> Float[Tensor, "rows 1"]:
@@ -56,8 +61,6 @@ def _cuts(x: Float[Tensor, "rows n"], count: int) -> Float[Tensor, "rows 1"]:
     (rows, n), device = x.shape, x.device
     # Counts are sums of a float 1 for each entry, which the vector units are fastest at, and exact.
     cuts = torch.full((rows, 1), float("nan"), dtype=x.dtype, device=device)
-    if n >= 1 << 24 or torch.compiler.is_compiling():
-        return cuts
     at = torch.arange(rows, device=device)
     ones = torch.empty(x.shape, dtype=torch.float32, device=device)
     guess, slope = _first_guess(x, count)
