@@ -208,21 +208,16 @@ class HiPAttention(Decodes, nn.Module):
 
     @classmethod
     def for_workload(cls, *, dim: int, grid: Grid, heads: int, causal: bool = False) -> "HiPAttention":
-        """Return a search for an eighth of the tokens and a window of as many.
+        """Return the published search for 512 keys, on fewer than 4096 tokens one for an eighth of them.
 
         It is causal in either case; strictly so, which means one query per block, when `causal`.
         """
         n = grid.numel
-        return cls(
-            dim=dim,
-            heads=heads,
-            keys=max(8, n // 8),
-            block_q=1 if causal else 8,
-            block_k=2,
-            group=1,
-            window=max(8, n // 8),
-            sink=4,
-        )
+        if n >= 4096:
+            return cls(dim=dim, heads=heads, block_q=1 if causal else 32, group=1 if causal else 8)
+        few = max(8, n // 8)
+        block_q = 1 if causal else 8
+        return cls(dim=dim, heads=heads, keys=few, block_q=block_q, block_k=2, group=1, window=few, sink=4)
 
     def forward(self, x: Float[Tensor, "b n c"], grid: Grid) -> Float[Tensor, "b n c"]:
         """Mix every token of `grid` with those before it.
