@@ -63,8 +63,9 @@ def _twice(
     """The gradients through the chunk form of torch operators, which can be differentiated again."""
     with torch.enable_grad():
         # Views: one tensor may stand in several places, and each has a gradient of its own.
-        q, k, v, decay, state = own = [t if t is None else t.view_as(t) for t in x[:5]]
-        assert q is not None and k is not None and v is not None
+        q, k, v = (t.view_as(t) for t in x[:3])
+        decay, state = (t if t is None else t.view_as(t) for t in x[3:5])
+        own = q, k, v, decay, state
         if state is None:
             state = v.new_zeros((*q.shape[:2], q.shape[3], v.shape[3]))
         results = chunk_form.run(ScanProblem(q, k, v, decay, state, None, x.inclusive), chunk_of(decay))

@@ -57,7 +57,8 @@ struct Table {
                     store(row + j, vfa{});
                     continue;
                 }
-                const vfa x = g ? exp_neg((own - load(high + j)) + (own_low - load(low + j))) : splat(1.0f);
+                const vfa sum = (own - load(high + j)) + (own_low - load(low + j));  // > 0 in lanes above the diagonal
+                const vfa x = g ? exp_neg(sum < vfa{} ? sum : vfa{}) : splat(1.0f);
                 store(row + j, n_on >= W ? x : select_bits((1u << n_on) - 1, x, vfa{}));
             }
         }
