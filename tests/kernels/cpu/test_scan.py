@@ -172,6 +172,14 @@ def test_layouts_do_not_matter(shape):
             assert torch.equal(a, b)
 
 
+def test_one_row_for_all_tokens():
+    x = narrow(draw(n=70, dk=6, dv=10))
+    for grad in (torch.ones(()), torch.randn(10), torch.randn(1, 2, 1, 1)):
+        wide = [grad.expand(x.v.shape), grads_of(x)[1]]
+        for a, b in zip(by_core(x, wide), by_core(x, [wide[0].contiguous(), wide[1]]), strict=True):
+            assert torch.equal(a, b)
+
+
 # ---- through `scan` -------------------------------------------------------------------------------------------------
 
 

@@ -155,7 +155,11 @@ def _job(x: Scan) -> tuple[Scan, ScanArg]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+    if x.stride(3) == 1 or x.shape[3] == 1:
+        return x
+    if x.stride(2) == 0:  # one row for all tokens, such as the gradient of a sum
+        return x[:, :, :1].contiguous().expand(x.shape)
+    return x.contiguous()
 
 
 def _tensor(x: Tensor) -> TensorArg:
