@@ -2,8 +2,9 @@
 
     python benchmarks/scan.py [--threads 2] [--repeats 5] [--lengths 4096 16384 131072] [--dense-up-to 16384]
 
-For every length: time per token of each kind of decay, forward and forward+backward, and how many times
-faster that is than torch's dense causal attention of the same shape (up to `--dense-up-to`). Then how much
+For every length: time per token of each kind of decay, forward and forward+backward, and (up to `--dense-up-to`)
+how many times faster that is than torch's dense causal attention of the same shape, and than the chunk form made of
+torch operators, which runs where the C++ core does not. Then how much
 slower three plain forms are, written as one writes them down the first time: the loop over tokens, the table
 of all pairs, and chunks with differences of running sums (`--plain-lengths`; the loop and the table only as far
 as they end). Then the selective scan beside the plain loop, and the time of one decoding step after short and
@@ -38,24 +39,25 @@ def decay_of(kind: str, heads: int, n: int, d: int) -> torch.Tensor | None:
 
 
 def wrong(kind: str, heads: int, d: int) -> bool:
-    """Whether the chunk form errs more than twice as much as the recurrence, both in float32."""
+    """Whether a form in chunks errs more than twice as much as the recurrence, all in float32."""
     q, k, v = (torch.randn(1, heads, 700, d) for _ in range(3))
     decay = decay_of(kind, heads, 700, d)
     wide = None if decay is None else decay.double()
     truth = scan(q.double(), k.double(), v.double(), decay=wide, backend="recurrent")
     error = {
         form: (scan(q, k, v, decay=decay, backend=form) - truth).abs().max()
-        for form in ("chunk", "recurrent", "reference")
+        for form in ("auto", "chunk", "recurrent", "reference")
     }
-    return bool(error["chunk"] > 2 * max(error["recurrent"], error["reference"]))
+    return bool(max(error["auto"], error["chunk"]) > 2 * max(error["recurrent"], error["reference"]))
 
 
 def calls_of(heads: int, n: int, d: int, dense: bool) -> dict[str, Callable[[], object]]:
-    """Everything to time at one length: "<decay or dense> <f or fb>" -> call."""
+    """Everything to time at one length: "<decay, decay/chunk or dense> <f or fb>" -> call."""
     leaves = [torch.randn(1, heads, n, d, requires_grad=True) for _ in range(3)]
     tensors = [x.detach() for x in leaves]
     forms = {kind: partial(scan, decay=decay_of(kind, heads, n, d)) for kind in DECAYS}
     if dense:
+        forms |= {f"{kind}/chunk": partial(form, backend="chunk") for kind, form in forms.items()}
         forms["dense"] = partial(scaled_dot_product_attention, is_causal=True)
 
     def both(form):
@@ -66,18 +68,20 @@ def calls_of(heads: int, n: int, d: int, dense: bool) -> dict[str, Callable[[], 
 
 
 def lengths_table(options) -> None:
-    print(f"{'N':>7} {'decay':8} {'forward':>30} {'forward+backward':>30}")
+    print("x/y: times faster than dense attention / than the chunk form of torch operators")
+    print(f"{'N':>7} {'decay':8} {'forward':>36} {'forward+backward':>36}")
     for n in options.lengths:
         calls = calls_of(options.heads, n, options.dim, n <= options.dense_up_to)
         times = time_interleaved(calls, min_repeats=options.repeats, max_repeats=options.repeats).times
-        for kind in dict.fromkeys(name.split()[0] for name in times):
+        for kind in (*DECAYS, *["dense"] * (n <= options.dense_up_to)):
             cells = []
             for what in ("f", "fb"):
                 timing = times[f"{kind} {what}"]
                 cell = f"{timing.median_ms * 1e3 / n:7.2f} ±{timing.spread_ms * 1e3 / n:5.2f} us/token"
-                if f"dense {what}" in times:
-                    cell += f" {times[f'dense {what}'].median_ms / timing.median_ms:5.1f}x"
-                cells.append(f"{cell:>30}")
+                if f"{kind}/chunk {what}" in times:
+                    dense, chunk = (times[f"{x} {what}"].median_ms for x in ("dense", f"{kind}/chunk"))
+                    cell += f" {dense / timing.median_ms:5.1f}x/{chunk / timing.median_ms:4.1f}x"
+                cells.append(f"{cell:>36}")
             print(f"{n:7} {kind:8} {' '.join(cells)}", flush=True)
 
 

@@ -4,43 +4,13 @@
 // an access outside a buffer, the comparison sees a value that was never written or should never have been read.
 // Each problem runs at every level that this machine has, with one thread and with three, which must agree bit for bit.
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <memory>
-#include <random>
-#include <string>
-#include <vector>
 
 #include "foveate_cpu.h"
+#include "tools.h"
 
 namespace {
-
-constexpr double INF = std::numeric_limits<double>::infinity();
-constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
-std::mt19937_64 engine;
-
-int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
-bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(engine) < p; }
-double normal() { return std::normal_distribution<double>()(engine); }
-
-// An array with no slack behind it.
-template <class T>
-struct Array {
-    std::unique_ptr<T[]> data;
-    int64_t size = 0;
-    explicit Array(int64_t n = 0, T value = T()) : data(new T[n]), size(n) { fill(value); }
-    explicit Array(const std::vector<T>& from) : data(new T[from.size()]), size((int64_t)from.size()) {
-        for (int64_t i = 0; i < size; ++i) data[i] = from[i];
-    }
-    void fill(T value) {
-        for (int64_t i = 0; i < size; ++i) data[i] = value;
-    }
-    T& operator[](int64_t i) { return data[i]; }
-    const T& operator[](int64_t i) const { return data[i]; }
-};
 
 float half_to_float(uint16_t bits) {
     int exponent = (bits >> 10) & 31, mantissa = bits & 1023;
@@ -185,17 +155,6 @@ struct Term {
     Array<int32_t> q_code, k_code;
     int64_t size, stride_h, base;
 };
-
-struct Failure {
-    std::string what;
-};
-
-void close(const char* what, double got, double want, double tolerance) {
-    if (std::isinf(want) ? got == want : std::fabs(got - want) <= tolerance * (1 + std::fabs(want))) return;
-    char text[160];
-    std::snprintf(text, sizeof text, "%s is %.9g, expected %.9g", what, got, want);
-    throw Failure{text};
-}
 
 struct Results {
     Tensor out, d_q, d_k, d_v;
@@ -395,6 +354,7 @@ int main(int count, char** arguments) {
     for (int64_t seed = first; seed < first + cases; ++seed) {
         try {
             run_case((uint64_t)seed, largest);
+            run_scan_case((uint64_t)seed, largest);
         } catch (Failure& failure) {
             std::printf("seed %lld: %s\n", (long long)seed, failure.what.c_str());
             return 1;

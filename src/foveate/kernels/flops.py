@@ -19,7 +19,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate.kernels.fused  # noqa: F401  registers our operators
+from foveate.kernels.cpu.scan import CHUNK, CHUNK_PER_CHANNEL
 from foveate.kernels.program import pairs_of
+from foveate.kernels.scan.cost import backward_flops, scan_cost
 
 # Matrix products over all computed pairs. The forward has two (q k^T and weights v). A backward that
 # recomputes the logits has five: logits, d weights, dv, dq, dk. One that kept the weights has four.
@@ -100,6 +102,26 @@ def _cpu_backward_formula(
     return attention_backward_flops(_cpu_pairs(query, spec), query[-1], value[-1], passes=2)
 
 
+def _scan_shapes(query: Sequence[int], value: Sequence[int], decay: Sequence[int] | None) -> dict[str, Any]:
+    """Return how `scan_cost` calls what the core's scan does."""
+    batch, heads, n, dk = query
+    channels = decay is not None and decay[3] > 1
+    kind = "channel" if channels else "token"
+    chunk = CHUNK_PER_CHANNEL if channels else CHUNK
+    sizes = {"batch": batch, "heads": heads, "n": n, "dk": dk, "dv": value[3]}
+    return {**sizes, "decay": kind, "chunk": chunk}
+
+
+def _scan_formula(query, key, value, decay, *_, **__) -> int:
+    """FLOPs of `foveate::scan`."""
+    return scan_cost(**_scan_shapes(query, value, decay)).flops
+
+
+def _scan_backward_formula(grad, grad_last, borders, query, key, value, decay, *_, **__) -> int:
+    """FLOPs of `foveate::scan_backward`."""
+    return backward_flops(**_scan_shapes(query, value, decay))
+
+
 def _bag_formula(table, ids, offsets, scale=False, mode=0, sparse=False, weights=None, *_, **__) -> int:
     """FLOPs of the `_embedding_bag` operators: a row of the table times its weight, for every id.
 
@@ -151,6 +173,8 @@ def formulas() -> dict[Any, Callable[..., int]]:
         torch.ops.foveate.tiles_backward: _tiles_backward_formula,
         torch.ops.foveate.cpu: _cpu_formula,
         torch.ops.foveate.cpu_backward: _cpu_backward_formula,
+        torch.ops.foveate.scan: _scan_formula,
+        torch.ops.foveate.scan_backward: _scan_backward_formula,
     }
 
 

@@ -13,6 +13,7 @@ import pytest
 from foveate.core.errors import UnknownNameError, UnsupportedError
 from foveate.kernels.cpu import library
 from foveate.kernels.cpu.library import ISA_NAMES, Job, absent, forced_isa, isa, isa_levels
+from foveate.kernels.cpu.scan import ScanArg
 
 HEADER = Path(__file__).parents[3] / "src/foveate/kernels/cpu/core/foveate_cpu.h"
 present = pytest.mark.skipif(
@@ -99,6 +100,7 @@ SIMPLE = {"int32_t": ctypes.c_int32, "int64_t": ctypes.c_int64, "float": ctypes.
         ("fv_ids", library.IdsArg),
         ("fv_term", library.TermArg),
         ("fv_job", Job),
+        ("fv_scan", ScanArg),
     ],
 )
 def test_the_structs_repeat_the_header(struct, ours):

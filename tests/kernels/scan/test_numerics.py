@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from foveate.kernels.cpu.library import absent
 from foveate.kernels.scan import chunk, crossover_length, scan, scan_cost
 from tests.kernels.scan.cases import KINDS, Case, make
 
 HALVES = (torch.bfloat16, torch.float16)
+# The forms that work in chunks; without the core, tests/kernels/cpu says why it is not there.
+CHUNKED = ("chunk", "cpu") if absent() is None else ("chunk",)
 
 
 def plainly(case: Case):
@@ -26,14 +29,15 @@ def worst(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("n", [100, 257])
-def test_error_budget(dtype, n):
+@pytest.mark.parametrize("backend", CHUNKED)
+def test_error_budget(dtype, n, backend):
     case = make(n=n, dk=16, dv=16, kind="head", size=0.1, chunk=64).to(dtype)
     truth_case, leaves = case.to(torch.float64), [case.q, case.k, case.v]
     results = {}
     for name, this, compute in (
         ("truth", truth_case, plainly),
         ("plain", case, plainly),
-        ("ours", case, lambda c: scan(c.q, c.k, c.v, decay=c.decay, chunk=64)),
+        ("ours", case, lambda c: scan(c.q, c.k, c.v, decay=c.decay, backend=backend)),
     ):
         leaves = [x.requires_grad_() for x in (this.q, this.k, this.v)]
         out = compute(this)
@@ -57,51 +61,56 @@ def test_states_of_half_precision_inputs_are_float32(dtype):
 
 @pytest.mark.parametrize("size", [0.0, 1e-7, 1e-4, 1.0, 50.0])
 @pytest.mark.parametrize("kind", ["head", "token", "channel"])
-def test_small_and_large_decays_keep_their_digits(size, kind):
+@pytest.mark.parametrize("backend", CHUNKED)
+def test_small_and_large_decays_keep_their_digits(size, kind, backend):
     case = make(n=400, b=1, h=2, dk=8, dv=8, kind=kind, size=size, strong=0.05, chunk=64)
     truth = scan(case.q, case.k, case.v, decay=case.decay, backend="recurrent")
     single = case.to(torch.float32)
-    ours = scan(single.q, single.k, single.v, decay=single.decay)
+    ours = scan(single.q, single.k, single.v, decay=single.decay, backend=backend)
     plain = scan(single.q, single.k, single.v, decay=single.decay, backend="recurrent")
     assert worst(ours, truth) <= 2 * worst(plain, truth) + 1e-6 * truth.abs().max().item()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("strong", [0.1, 1.0])
-def test_full_resets_give_no_nan(kind, strong):
+@pytest.mark.parametrize("backend", CHUNKED)
+def test_full_resets_give_no_nan(kind, strong, backend):
     case = make(n=70, kind=kind, strong=strong, chunk=64).to(torch.float32)
     for x in case.leaves:
         x.requires_grad_()
-    out, state = scan(case.q, case.k, case.v, decay=case.decay, initial_state=case.state, return_state=True)
+    options = {"initial_state": case.state, "return_state": True, "backend": backend}
+    out, state = scan(case.q, case.k, case.v, decay=case.decay, **options)
     (out.sum() + state.sum()).backward()
     for x in (out, state, *(leaf.grad for leaf in case.leaves)):
         assert x.isfinite().all()
 
 
-def stability(n, kind, size, d=8):
+def stability(n, kind, size, backend, d=8):
     case = make(b=1, h=2, n=n, dk=d, dv=d, kind=kind, size=size, chunk=64)
     single = case.to(torch.float32)
     truth, last = scan(case.q, case.k, case.v, decay=case.decay, return_state=True)
-    ours, state = scan(single.q, single.k, single.v, decay=single.decay, return_state=True)
+    ours, state = scan(single.q, single.k, single.v, decay=single.decay, return_state=True, backend=backend)
     assert worst(ours, truth) <= 2e-5 * truth.abs().max().item()
     assert worst(state, last) <= 2e-5 * last.abs().max().item()
 
 
 @pytest.mark.parametrize("kind", ["none", "token", "channel"])
-def test_ten_thousand_tokens_stay_exact(kind):
-    stability(10_000, kind, 1e-3)
+@pytest.mark.parametrize("backend", CHUNKED)
+def test_ten_thousand_tokens_stay_exact(kind, backend):
+    stability(10_000, kind, 1e-3, backend)
 
 
 @pytest.mark.parametrize(("kind", "size"), [("none", 0), ("head", 1e-4), ("token", 1e-8), ("channel", 1e-3)])
 def test_a_hundred_thousand_tokens_stay_exact_with_few_channels(kind, size):
-    stability(100_000, kind, size, d=2)
+    stability(100_000, kind, size, "auto", d=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1e-8, 1e-6, 1e-3, 1.0])
-def test_a_hundred_thousand_tokens_stay_exact(kind, size):
-    stability(100_000, kind, size)
+@pytest.mark.parametrize("backend", CHUNKED)
+def test_a_hundred_thousand_tokens_stay_exact(kind, size, backend):
+    stability(100_000, kind, size, backend)
 
 
 def test_autocast_computes_in_float32():

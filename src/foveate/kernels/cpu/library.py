@@ -17,10 +17,11 @@ from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from foveate.core.errors import UnsupportedError, unknown
 
-ABI = 3
+ABI = 4
 MAX_TERMS = 4
 # The values of the FV_* enumerations of the header.
 F32, BF16, F16 = 0, 1, 2
@@ -28,6 +29,7 @@ SOFTMAX, SIGMOID = 0, 1
 ISA_NAMES = ("portable", "AVX2", "AVX-512", "AVX-512 BF16", "AMX BF16")
 FORWARD, BACKWARD_QUERY, BACKWARD_KEY = "fv_forward", "fv_backward_query", "fv_backward_key"
 FLATTEN, TRANSPOSE = "fv_flatten", "fv_transpose"
+SCAN_FORWARD, SCAN_BACKWARD = "fv_scan_forward", "fv_scan_backward"
 _FAILURES = {
     1: "the core was built for another version of this package; install foveate again",
     2: "the core was asked for instructions this CPU does not have",
@@ -137,8 +139,8 @@ class Library:
     best_isa: int
     parallel: int | None
 
-    def launch(self, which: str, job: Job) -> None:
-        """Run one of the three entry points.
+    def launch(self, which: str, job: Any) -> None:
+        """Run a `Job`, or the struct of a scan.
 
         Raises:
             UnsupportedError: if the core refuses the job.
@@ -187,6 +189,9 @@ def _load() -> Library | str:
         for which in (FORWARD, BACKWARD_QUERY, BACKWARD_KEY):
             function = getattr(handle, which)
             function.argtypes, function.restype = (POINTER(Job),), c_int
+        for which in (SCAN_FORWARD, SCAN_BACKWARD):
+            function = getattr(handle, which)
+            function.argtypes, function.restype = (c_void_p,), c_int
         handle.fv_flatten.argtypes = POINTER(IdsArg), *(c_int64,) * 5, c_int32, POINTER(c_int64)
         handle.fv_transpose.argtypes = POINTER(CellsArg), c_int64, c_int64, c_int32, POINTER(c_int64)
         handle.fv_flatten.restype = handle.fv_transpose.restype = c_void_p

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from foveate.core.dtypes import accumulation_dtype
 from foveate.core.errors import bad, unknown
+from foveate.kernels.cpu.scan import chunk_of
 from foveate.kernels.scan import chunk as chunk_form
-from foveate.kernels.scan import recurrent, reference
+from foveate.kernels.scan import core, recurrent, reference
 from foveate.kernels.scan.contract import ScanProblem, prepare, unrounded
 from foveate.kernels.scan.watch import tell_watchers
 
-BACKENDS = ("auto", "chunk", "recurrent", "reference")
-Backend = Literal["auto", "chunk", "recurrent", "reference"]
+BACKENDS = ("auto", "chunk", "cpu", "recurrent", "reference")
+Backend = Literal["auto", "chunk", "cpu", "recurrent", "reference"]
 Direction = bool | Literal["reverse"]
 
 
@@ -67,10 +68,12 @@ def scan(
     """Decayed linear attention: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale * q_t S_t.
 
     All forms compute the same sums: "reference" writes every weight out (O(N^2), the truth),
-    "recurrent" walks token by token, "chunk" works in matrix products. "auto" takes "recurrent" for
-    one token and "chunk" otherwise. All are differentiable in q, k, v, decay and initial_state, any
-    number of times, and hold no hidden state. A state may travel from one call to the next: the scan
-    of a sequence equals the scans of its parts with `initial_state` handed on.
+    "recurrent" walks token by token, "chunk" works in matrix products, "cpu" walks chunks in the C++
+    core. "auto" takes "recurrent" for one token, "cpu" on a CPU where sums are float32 and the core is
+    there, and "chunk" otherwise: for float64, accelerators, vmap, derivatives in forward mode, and where
+    `chunk` is given. All are differentiable in q, k, v, decay and initial_state, any number of times, and
+    hold no hidden state. A state may travel from one call to the next: the scan of a sequence equals the
+    scans of its parts with `initial_state` handed on.
 
     Args:
         q: (B, H, N, D_k) queries.
@@ -89,10 +92,10 @@ def scan(
         segments: (B or 1, N) integer ids of packed sequences: runs of one id never see each other.
             Negative ids are padding: output 0, seen by nobody, passed by the state unchanged. The
             first sequence starts from `initial_state`, `return_state` gives the last one's.
-        backend: "auto", "chunk", "recurrent" or "reference".
-        chunk: tokens per chunk of the chunk form, any positive number; the result does not depend on it. None for
-            what is fastest on the CPUs at hand: 32 for one decay per token, where every chunk has a table of
-            weights of its own, 64 otherwise.
+        backend: "auto", "chunk", "cpu", "recurrent" or "reference".
+        chunk: tokens per chunk of "chunk", any positive number; the result does not depend on it. None for what
+            is fastest on the CPUs at hand: 32 for one decay per token, where every chunk has a table of weights
+            of its own, 64 otherwise. "cpu" has chunks of its own.
 
     Returns:
         (B, H, N, D_v) in the dtype of q, k, v (under autocast: the widest of them). Sums and states are
@@ -100,24 +103,33 @@ def scan(
 
     Raises:
         ArgumentError: naming the argument that cannot be right.
+        UnsupportedError: if backend is "cpu" and the core cannot run; says why.
     """
-    backend = _decided(backend, q)
-    chunk = _length(chunk, decay)
-    form, dtype = _form(backend, chunk, initial_state is not None or return_state), _out_dtype(q, k, v)
+    _check_form(backend, chunk)
+    dtype, states = _out_dtype(q, k, v), initial_state is not None or return_state
     if not isinstance(causal, bool) and causal != "reverse":
         raise bad("causal", causal, 'True, False or "reverse"')
-    if causal is False and (initial_state is not None or return_state):
+    if causal is False and states:
         raise bad(
             "causal", causal, 'True or "reverse" when states are used', "A two-sided scan has no one state."
         )
     problem = prepare(q, k, v, decay, scale, initial_state, segments)
+    if backend == "auto":
+        backend = _decided(problem, chunk, causal)
+    size = _length(backend, chunk, problem.decay)
+
+    def form(p: ScanProblem) -> tuple[Tensor, Tensor]:
+        if backend == "cpu":
+            return core.run(p, state=initial_state is not None, last=return_state)
+        return _chunked(p, size, states) if backend == "chunk" else _SLOW[backend](p)
+
     tell_watchers(
         problem.q,
         problem.v,
         problem.decay,
         causal=causal,
         backend=backend,
-        chunk=chunk,
+        chunk=size,
         itemsize=dtype.itemsize,
     )
     with unrounded(q.device):
@@ -225,32 +237,33 @@ def normalized_scan(
     return out if state is None else (out, state)
 
 
-def _decided(backend: Backend, q: Tensor) -> Backend:
+_SLOW = {"recurrent": recurrent.run, "reference": reference.run}
+
+
+def _check_form(backend: str, chunk: int | None) -> None:
+    """Check the names and numbers that say how to compute."""
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise bad("chunk", chunk, "a positive number of tokens")
+    if backend not in BACKENDS:
+        raise unknown("backend of scan", str(backend), BACKENDS)
+
+
+def _decided(p: ScanProblem, chunk: int | None, causal: Direction) -> Backend:
     """The form "auto" stands for."""
-    if backend != "auto":
-        return backend
-    return "recurrent" if q.ndim == 4 and q.shape[2] == 1 else "chunk"
+    if p.n == 1:
+        return "recurrent"
+    # Everybody sees everything: two products of torch, no chunks at all.
+    everywhere = causal is False and p.decay is None and p.segments is None
+    return "cpu" if not everywhere and core.chosen(p, chunk) else "chunk"
 
 
-def _length(chunk: int | None, decay: Tensor | float | None) -> int:
+def _length(backend: str, chunk: int | None, decay: Tensor | None) -> int:
     """The tokens per chunk."""
+    if backend == "cpu":
+        return chunk_of(decay)
     if chunk is not None:
         return chunk
-    per_token = isinstance(decay, Tensor) and (decay.ndim == 3 or (decay.ndim == 4 and decay.shape[3] == 1))
-    return 32 if per_token else 64
-
-
-def _form(backend: str, chunk: int, states: bool):
-    """The function that computes a folded problem, by name; `states` says whether any is given or wanted."""
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise bad("chunk", chunk, "a positive number of tokens")
-    if backend == "chunk":
-        return lambda problem: _chunked(problem, chunk, states)
-    if backend == "recurrent":
-        return recurrent.run
-    if backend == "reference":
-        return reference.run
-    raise unknown("backend of scan", str(backend), BACKENDS)
+    return 32 if decay is not None and decay.shape[2] > 1 and decay.shape[3] == 1 else 64
 
 
 def _chunked(problem: ScanProblem, chunk: int, states: bool) -> tuple[Tensor, Tensor]:

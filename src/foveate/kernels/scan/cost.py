@@ -51,8 +51,7 @@ def scan_cost(
     per_token = {"none": 0, "head": 0, "token": 1, "channel": dk}
     if decay not in per_token:
         raise bad("decay", decay, f"one of {tuple(per_token)}")
-    whole, rest = divmod(n, chunk)
-    per_head = whole * _chunk_flops(chunk, dk, dv, decay) + (_chunk_flops(rest, dk, dv, decay) if rest else 0)
+    per_head = _all_chunks(n, chunk, dk, dv, decay)
     wide = max(itemsize, 4)
     elements = batch * heads * n * (2 * dk + 2 * dv)
     return ScanCost(
@@ -71,11 +70,33 @@ def crossover_length(*, dk: int, dv: int, decay: Decay = "head", chunk: int = 64
     return max(1, int(per_token // (dk + dv)))
 
 
-def _chunk_flops(c: int, dk: int, dv: int, decay: Decay) -> int:
-    """Operations of one chunk of c tokens: scores, their values, queries on the state, pairs into it."""
+def backward_flops(*, batch: int, heads: int, n: int, dk: int, dv: int, decay: Decay, chunk: int) -> int:
+    """Operations of the C++ core's backward, which computes scores and states again; counted as `scan_cost` does.
+
+    Of a chunk: the scores and their gradient, from them the gradients of q, k and v; the state, and what its
+    gradient and it have to do with q, k and v.
+    """
+    return batch * heads * _all_chunks(n, chunk, dk, dv, decay, (3, 2, 10))
+
+
+def _all_chunks(
+    n: int, chunk: int, dk: int, dv: int, decay: Decay, parts: tuple[int, int, int] = (1, 1, 4)
+) -> int:
+    """Operations of one head."""
+    whole, rest = divmod(n, chunk)
+    return whole * _chunk_flops(chunk, dk, dv, decay, parts) + (
+        _chunk_flops(rest, dk, dv, decay, parts) if rest else 0
+    )
+
+
+def _chunk_flops(c: int, dk: int, dv: int, decay: Decay, parts: tuple[int, int, int] = (1, 1, 4)) -> int:
+    """Operations of one chunk of c tokens: scores, their values, queries on the state, pairs into it.
+
+    `parts`: how many products there are of the scores' size, of their values', and multiply-adds with a state.
+    """
     scores = 2 * c * c * dk
     if decay == "channel":
         padded = 1 << max(c - 1, 0).bit_length()
         # Only halves against halves; a token's own score is an elementwise product.
         scores = padded * (padded - 1) * dk
-    return scores + 2 * c * c * dv + 4 * c * dk * dv
+    return parts[0] * scores + parts[1] * 2 * c * c * dv + parts[2] * c * dk * dv

@@ -20,8 +20,8 @@ class ScanCall:
         batch, heads, n, dk, dv: of q (batch, heads, n, dk) and v (batch, heads, n, dv).
         decay: "none", "head", "token" or "channel", as `scan_cost` calls them.
         directions: 1, or 2 where tokens see what is after them too.
-        backend: the form that runs: "chunk", "recurrent" or "reference".
-        chunk: tokens per chunk of the chunk form.
+        backend: the form that runs: "chunk", "cpu" (the C++ core), "recurrent" or "reference".
+        chunk: tokens per chunk of the form "chunk" or "cpu".
         itemsize: bytes per element of q, k and v.
     """
 

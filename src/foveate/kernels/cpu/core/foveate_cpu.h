@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-enum { FV_ABI = 3 };
+enum { FV_ABI = 4 };
 enum { FV_F32 = 0, FV_BF16 = 1, FV_F16 = 2 };
 enum { FV_SOFTMAX = 0, FV_SIGMOID = 1 };
 enum { FV_PORTABLE = 0, FV_AVX2 = 1, FV_AVX512 = 2, FV_AVX512_BF16 = 3, FV_AMX_BF16 = 4 };
@@ -77,6 +77,32 @@ FV_API int fv_best_isa(void);
 FV_API int fv_forward(const fv_job* job);
 FV_API int fv_backward_query(const fv_job* job);  // d_q, gradients of the terms, d_row_factor
 FV_API int fv_backward_key(const fv_job* job);    // d_k, d_v
+
+// Linear attention with decay, fp32: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = q_t S_t. Results are contiguous.
+typedef struct {
+    int32_t abi, isa, threads, channels, inclusive, unused;  // channels: one decay per channel; inclusive: o_t has pair t
+    int64_t batch, heads, n, dim, dim_v;
+    int64_t chunk, span;   // tokens: a multiple of 16; a multiple of `chunk`
+    int64_t parts, width;  // a task takes `width` columns of v; there are `parts` of them
+    fv_tensor q, k, v;
+    fv_tensor decay;     // rows of one number, or of `dim`; strides 0 where shared; data NULL: none
+    const float* state;  // (B, H, dim, dim_v) before the first token, or NULL: zeros
+    float* out;          // (B, H, n, dim_v)
+    float* last;         // the state after the last token, or NULL
+    float* borders;      // (B, H, (n - 1) / span, dim, dim_v): written by the forward unless NULL, read by the backward
+    // backward only
+    fv_tensor d_out;
+    const float* d_last;  // or NULL
+    float* d_q;           // (parts, B, H, n, dim): the gradient is the sum of the parts
+    float* d_k;
+    float* d_v;
+    float* d_decay;       // (parts, B, H, n) or (parts, B, H, n, dim), or NULL
+    float* d_state;       // or NULL
+    fv_parallel parallel;
+} fv_scan;
+
+FV_API int fv_scan_forward(const fv_scan* job);
+FV_API int fv_scan_backward(const fv_scan* job);
 
 // Cells that list their ids, int64, -1: absent. Strides in elements over (b, h, cell, row), 0 where shared; `mask` (NULL:
 // every pair of present rows) over (b, h, cell, own, other).

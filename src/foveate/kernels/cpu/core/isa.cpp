@@ -1,6 +1,7 @@
 // Compiled once per instruction set with FV_W and FV_NAMESPACE set. Uses nothing of the standard library that is
 // inline: the linker keeps one copy of an inline function, and it could be the one for the newest CPU.
 #include "cells.h"
+#include "scan_backward.h"
 
 namespace FV_NAMESPACE {
 
@@ -38,5 +39,12 @@ void run(int kind, const fv_job& job, int64_t begin, int64_t end, float* memory)
 }
 
 int64_t workspace_floats() { return FLOATS; }
+
+void scan(int backward, const fv_scan& job, int64_t task, float* memory) {
+    if (backward) job.channels ? scan_backward<Channels>(job, task, memory) : scan_backward<Table>(job, task, memory);
+    else job.channels ? scan_forward<Channels>(job, task, memory) : scan_forward<Table>(job, task, memory);
+}
+
+int64_t scan_floats(int backward, const fv_scan& job) { return backward ? backward_floats(job) : forward_floats(job); }
 
 }  // namespace FV_NAMESPACE
