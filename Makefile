@@ -12,8 +12,9 @@ BIN := $(VENV)/bin
 PINNED := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 PIP := $(PINNED) $(BIN)/python -m pip install -q
 TORCH := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-# Waiting threads sleep: on a shared machine spinning ones take the cores from those that work.
-export OMP_WAIT_POLICY ?= PASSIVE
+# In tests waiting threads sleep: two processes share the cores, and spinning threads would take them from those that
+# work. What is measured is measured as users run it.
+test test-all: export OMP_WAIT_POLICY ?= PASSIVE
 PINS := pyproject.toml constraints.txt
 CORE := CMakeLists.txt $(wildcard src/foveate/kernels/cpu/core/*)
 OUT ?= compare
