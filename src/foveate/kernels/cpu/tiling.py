@@ -24,10 +24,11 @@ from foveate.patterns.tiling import tile_for
 
 # Fitted to the forward of 75 combinations of patterns, tiles and head sizes, single-threaded on an AVX-512 server
 # (median error 6%), 16 lanes made dearer since packing weighs more in bf16 and in the backward. Per lane and number of
-# a row in both products, by the number of lanes.
+# a row in both products, by the number of lanes. What a lane and a cell cost was fitted again when rows came to be
+# transposed in registers.
 PRODUCT = {16: 0.0172, 32: 0.0127, 64: 0.0120}
 # Per pair (exponential, maximum, sum), per number of a packed row, per number of a lane, per cell.
-PAIR, ROW, LANE, CELL = 0.17, 0.0044, 0.63, 100.0
+PAIR, ROW, LANE, CELL = 0.17, 0.0044, 0.4, 40.0
 # Rows are padded to a multiple of this by the number of lanes; half of it is wasted on average.
 STEP = {16: 24, 32: 12, 64: 6}
 # Head sizes d + d_v that tiles are chosen for: their choice hardly depends on it.

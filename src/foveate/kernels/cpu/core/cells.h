@@ -4,6 +4,7 @@
 #pragma once
 #include "products.h"
 #include "rows.h"
+#include "turn.h"
 
 extern "C" float logf(float);
 
@@ -65,14 +66,17 @@ struct Stream {
 struct Full {
     static constexpr bool scaled = true;
     static int step(int n_lanes) { return row_step(n_lanes); }
+    // `panel` is scratch of [64][256].
     static void lanes(float* to, const fv_tensor& t, int64_t base, const int32_t* ids, int n, int n_lanes, int d, int dtype,
-                      const float* factors, float scale, float* row) {
+                      const float* factors, float scale, float* panel) {
+        const int ld = round_up(d, W);
         for (int i = 0; i < n; ++i) {
+            float* row = panel + (int64_t)i * ld;
             read_row(row, t.data, base + ids[i] * t.stride_n, d, dtype, factors ? factors[ids[i]] * scale : scale);
-            for (int j = 0; j < d; ++j) to[(int64_t)j * n_lanes + i] = row[j];
+            for (int j = d; j < ld; ++j) row[j] = 0;
         }
-        for (int j = 0; j < d; ++j)
-            for (int i = n; i < n_lanes; ++i) to[(int64_t)j * n_lanes + i] = 0;
+        std::memset(panel + (int64_t)n * ld, 0, sizeof(float) * (n_lanes - n) * ld);
+        turn(panel, ld, n_lanes, ld, to, n_lanes);
     }
     static void rows(float* to, const fv_tensor& t, int64_t base, const int32_t* ids, int n, int n_padded, int d, int ld,
                      int dtype, const float* factors, float scale) {
@@ -113,16 +117,15 @@ struct Half {
     static int step(int n_lanes) { return row_step(n_lanes); }
 #endif
     static void lanes(float* to, const fv_tensor& t, int64_t base, const int32_t* ids, int n, int n_lanes, int d, int,
-                      const float*, float, float*) {
-        uint32_t* pairs = (uint32_t*)to;  // [d / 2][lane]: two neighbours of a row in one word
+                      const float*, float, float* panel) {
+        const int ld = round_up(d, 2 * W) / 2;  // words: two neighbours of a row in one, which move together
         for (int i = 0; i < n; ++i) {
-            const uint16_t* row = (const uint16_t*)t.data + base + ids[i] * t.stride_n;
-            for (int j = 0; j < d; j += 2) std::memcpy(pairs + (int64_t)(j / 2) * n_lanes + i, row + j, 4);
+            uint16_t* row = (uint16_t*)(panel + (int64_t)i * ld);
+            std::memcpy(row, (const uint16_t*)t.data + base + ids[i] * t.stride_n, 2 * d);
+            std::memset(row + d, 0, 2 * (2 * ld - d));
         }
-        for (int j = 0; j < d; j += 2)
-            for (int i = n; i < n_lanes; ++i) pairs[(int64_t)(j / 2) * n_lanes + i] = 0;
-        for (int j = d; j < round_up(d, depth); j += 2)
-            for (int i = 0; i < n_lanes; ++i) pairs[(int64_t)(j / 2) * n_lanes + i] = 0;
+        std::memset(panel + (int64_t)n * ld, 0, sizeof(float) * (n_lanes - n) * ld);
+        turn(panel, ld, n_lanes, ld, to, n_lanes);  // to[d / 2][lane]
     }
     static void rows(float* to, const fv_tensor& t, int64_t base, const int32_t* ids, int n, int n_padded, int d, int ld, int,
                      const float*, float) {
@@ -286,7 +289,7 @@ static void forward_cell(const fv_job& job, int64_t b, int64_t h, const fv_cells
                job.scale, w.rows_a);
     float top[64], sum[64], shrink[64];
     for (int i = 0; i < 64; ++i) top[i] = job.sink ? job.sink[h] : NEG, sum[i] = job.sink ? 1.0f : 0.0f;
-    std::memset(w.acc_a, 0, sizeof(float) * 64 * ld_v);
+    std::memset(w.acc_a, 0, sizeof(float) * n_lanes * ld_v);
     Stream stream{cells.runs + 2 * cells.run_ptr[c], cells.run_ptr[c + 1] - cells.run_ptr[c]};
     int64_t row0 = 0;
     for (int n; (n = stream.next(w.ids)); row0 += n) {
@@ -405,7 +408,7 @@ static void query_cell(const fv_job& job, int64_t b, int64_t h, const fv_cells& 
         P::inner(w.acc_b, w.lanes_b, n_lanes, dv, dot);
         for (int i = 0; i < used; ++i) job.delta[row_of + own[i]] = delta[i] += dot[i];
     }
-    std::memset(w.acc_a, 0, sizeof(float) * 64 * ld_k);
+    std::memset(w.acc_a, 0, sizeof(float) * n_lanes * ld_k);
     Stream stream{cells.runs + 2 * cells.run_ptr[c], cells.run_ptr[c + 1] - cells.run_ptr[c]};
     int64_t row0 = 0;
     for (int n; (n = stream.next(w.ids)); row0 += n) {
@@ -451,8 +454,8 @@ static void key_cell(const fv_job& job, int64_t b, int64_t hk, const fv_cells& c
                w.rows_a);
     P::lanes(w.lanes_b, job.v, b * job.v.stride_b + hk * job.v.stride_h, own, used, n_lanes, dv, job.dtype, nullptr, 1,
                w.rows_a);
-    std::memset(w.acc_a, 0, sizeof(float) * 64 * ld_k);
-    std::memset(w.acc_b, 0, sizeof(float) * 64 * ld_v);
+    std::memset(w.acc_a, 0, sizeof(float) * n_lanes * ld_k);
+    std::memset(w.acc_b, 0, sizeof(float) * n_lanes * ld_v);
     float lse[CHUNK], delta[CHUNK];
     for (int64_t h = hk * group; h < (hk + 1) * group; ++h) {
         const float* factors =
