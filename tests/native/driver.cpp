@@ -108,8 +108,8 @@ struct Cells {
         for (int64_t i = 0; i < n_own; ++i) order[i] = (int32_t)i;
         if (chance(0.5)) std::shuffle(order.begin(), order.end(), engine);
         int64_t largest = integer(1, 64);
-        for (int64_t i = 0; i < n_own;) {
-            int64_t n = std::min(n_own - i, integer(1, largest));
+        for (int64_t i = 0; i < n_own || chance(0.2);) {
+            int64_t n = chance(0.05) ? 0 : std::min(n_own - i, integer(1, largest));  // now and then a cell of nobody
             auto pair = [&](int64_t own_at, int64_t other) {
                 return transposed ? allowed[other][order[own_at]] : allowed[order[own_at]][other];
             };

@@ -11,6 +11,7 @@ from foveate.patterns.groups import ExplicitGroup
 from foveate.patterns.schedule import Schedule
 from foveate.patterns.selection import Selection
 from foveate.routing.prefix import select_prefix_top
+from foveate.scores.bias import KeyBias
 
 
 def selection(n=150, size=20, group=1, n_q=None):
@@ -40,6 +41,20 @@ def test_attention_and_gradients_equal_the_reference(options):
     found = []
     for backend in ("cpu", "reference"):
         out = attend(q, k, v, where=where, backend=backend)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)
+
+
+def test_cells_of_absent_queries_alone():
+    # Tiles of 70 rows are pieces of 64 and 6; the second piece of the last tile has none that exists.
+    where = select_prefix_top(torch.randn(1, 2, 90), 70)
+    assert (flatten(where.schedule)[0].own_ptr.diff() == 0).any()
+    q, k, v = (torch.randn(1, 2, 90, 16, requires_grad=True) for _ in range(3))
+    score = KeyBias(torch.randn(1, 2, 90))
+    found = []
+    for backend in ("cpu", "reference"):
+        out = attend(q, k, v, where=where, score=score, backend=backend)
         found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=2e-5)

@@ -119,14 +119,19 @@ def describe(dtype: torch.dtype) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-@cache
+@constant_while_tracing
 def note_absence() -> None:
     """Say once that the core is not there, when another backend takes over on a CPU."""
+    _note_absence()
+
+
+@cache
+def _note_absence() -> None:
     missing = absent()
     if missing is not None:
         warnings.warn(
             f"foveate runs on this CPU without its fast core: {missing}. Backend 'tiles' takes over.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -279,7 +279,9 @@ static inline void weights(const fv_job& job, float* st, int n, int n_lanes, con
 template <class P>
 static void forward_cell(const fv_job& job, int64_t b, int64_t h, const fv_cells& cells, int64_t c, Workspace& w) {
     const int32_t* own = cells.own + cells.own_ptr[c];
-    int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]), n_lanes = lanes_for(used), step = P::step(n_lanes);
+    const int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]);
+    if (!used) return;  // no row whose codes could stand in for those of empty lanes
+    const int n_lanes = lanes_for(used), step = P::step(n_lanes);
     const uint8_t* mask = cells.mask_ptr[c] < 0 ? nullptr : cells.masks + cells.mask_ptr[c];
     int d = (int)job.dim, dv = (int)job.dim_v, ld_k = padded(d), ld_v = padded(dv), width = round_up(dv, 2 * W);
     int64_t hk = h / (job.heads / job.kv_heads);
@@ -384,7 +386,9 @@ template <class P>
 static void query_cell(const fv_job& job, int64_t b, int64_t h, const fv_cells& cells, int64_t c, int64_t slice,
                        Workspace& w) {
     const int32_t* own = cells.own + cells.own_ptr[c];
-    int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]), n_lanes = lanes_for(used), step = P::step(n_lanes);
+    const int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]);
+    if (!used) return;  // no row whose codes could stand in for those of empty lanes
+    const int n_lanes = lanes_for(used), step = P::step(n_lanes);
     const uint8_t* mask = cells.mask_ptr[c] < 0 ? nullptr : cells.masks + cells.mask_ptr[c];
     int d = (int)job.dim, dv = (int)job.dim_v, ld_k = padded(d), ld_v = padded(dv), width = round_up(d, 2 * W);
     int64_t hk = h / (job.heads / job.kv_heads), row_of = (b * job.heads + h) * job.n_q;
@@ -445,7 +449,9 @@ static void query_cell(const fv_job& job, int64_t b, int64_t h, const fv_cells& 
 template <class P>
 static void key_cell(const fv_job& job, int64_t b, int64_t hk, const fv_cells& cells, int64_t c, Workspace& w) {
     const int32_t* own = cells.own + cells.own_ptr[c];
-    int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]), n_lanes = lanes_for(used), step = P::step(n_lanes);
+    const int used = (int)(cells.own_ptr[c + 1] - cells.own_ptr[c]);
+    if (!used) return;  // no row whose codes could stand in for those of empty lanes
+    const int n_lanes = lanes_for(used), step = P::step(n_lanes);
     const uint8_t* mask = cells.mask_ptr[c] < 0 ? nullptr : cells.masks + cells.mask_ptr[c];
     int d = (int)job.dim, dv = (int)job.dim_v, ld_k = padded(d), ld_v = padded(dv);
     int width_k = round_up(d, 2 * W), width_v = round_up(dv, 2 * W);
