@@ -324,7 +324,7 @@ def test_repr_shows_the_options(key):
 
 
 # Loops over what content decides, which run as they are between two graphs; all others are one graph.
-IN_PARTS = ("a2mamba", "anchor_attention", "mhs_vm")
+IN_PARTS = ("a2mamba", "anchor_attention", "mhs_vm", "pyramid_sparse_attention", "seer_attention")
 
 
 @each

@@ -220,7 +220,7 @@ class BlockList(Pattern):
                 raise bad("pairs", got, "a boolean matrix (query blocks, key blocks), or pairs of blocks")
             pairs = [(a, b) for a, b in pairs.nonzero().tolist()]
         unique = sorted({(check_int(a, "pairs", 0), check_int(b, "pairs", 0)) for a, b in pairs})
-        rows, columns = (1 + max((pair[side] for pair in unique), default=0) for side in (0, 1))
+        rows, columns = (1 + max([0, *(pair[side] for pair in unique)]) for side in (0, 1))
         table = torch.zeros(rows, columns, dtype=torch.bool)
         if unique:
             table[tuple(torch.tensor(unique).T)] = True
@@ -234,7 +234,7 @@ class BlockList(Pattern):
         """Raise an ArgumentError when a listed block lies beyond the sequence."""
         super().check(n_q, n_k)
         for side, n, size, name in zip((0, 1), (n_q, n_k), self.block, ("n_q", "n_k"), strict=True):
-            last = max((pair[side] for pair in self.pairs), default=-1)
+            last = max([-1, *(pair[side] for pair in self.pairs)])
             if last * size >= max(n, 1) and last >= 0:
                 raise bad(name, n, f"more than {last * size}, as block {last} is listed")
 
