@@ -1,8 +1,9 @@
+import pytest
 import torch
 
 from foveate.advise.admit import Examiner, Site, admit
 from foveate.core.grid import Grid
-from foveate.core.registry import get_system
+from foveate.core.registry import get_system, list_systems
 from foveate.measure.schema import validate
 from foveate.measure.store import Store
 from tests.advise.tiny import TOYS
@@ -99,3 +100,14 @@ def test_examinations_are_made_once_for_all_workloads(monkeypatch):
         site = Site(dim=dim, heads=2, grid=Grid(20, 20))
         assert admit(workload, TOYS["toy_good"], site, examiner=examiner).row is None
     assert len(calls) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "key", [facts.key for facts in list_systems() if facts.cls.__module__.startswith("foveate.")]
+)
+def test_every_system_takes_part_or_says_why_not(key, causal):
+    site = Site(dim=64, heads=2, grid=Grid(256) if causal else Grid(32, 32), causal=causal)
+    found = admit("shapes", get_system(key), site, examiner=Examiner(get_system("full_attention")))
+    assert found.row is None or found.row["status"] == "refused", found.row["reason"]
