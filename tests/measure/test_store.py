@@ -81,3 +81,34 @@ def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):
     store = Store(None, fingerprint={}, settings={})
     store.put(measured())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_changes_made_together_are_written_once(store, monkeypatch):
+    written = []
+    monkeypatch.setattr(store_module, "write_atomically", lambda path, text: written.append(json.loads(text)))
+    with store.together():
+        store.put(measured())
+        store.put(measured(mechanism="b"))
+        store.update(races={"image": {}})
+        assert not written
+    assert [[row["mechanism"] for row in document["rows"]] for document in written] == [["a", "b"]]
+    store.put(measured(mechanism="c"))
+    assert len(written) == 2
+
+
+def test_changes_made_before_an_interruption_are_written(store):
+    def interrupted():
+        with store.together():
+            store.put(measured())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [row["mechanism"] for row in json.loads(store.path.read_text())["rows"]] == ["a"]
+
+
+def test_a_finished_run_can_be_read_by_people(store):
+    store.put(measured())
+    assert store.path.read_text().count("\n") == 1
+    store.update(status="complete")
+    assert store.path.read_text().count("\n") > 20

@@ -297,11 +297,12 @@ class _Run:
             return
 
         def save(result: RaceResult) -> None:
-            self.store.document["races"][key] = result.to_dict()
-            self.describe(key, **describe_race(workload, result) | {"complete": False})
-            for row in rows_of(key, result, admissions):
-                if row["quality"] is not None or row["status"] != "measured":
-                    self.store.put(row)
+            with self.store.together():
+                self.store.document["races"][key] = result.to_dict()
+                self.describe(key, **describe_race(workload, result) | {"complete": False})
+                for row in rows_of(key, result, admissions):
+                    if row["quality"] is not None or row["status"] != "measured":
+                        self.store.put(row)
 
         stored = self.store.document["races"].get(key) if self.resume else None
         checkpoints = None if self.folder is None else self.folder / ".checkpoints" / key
@@ -328,9 +329,10 @@ class _Run:
         time_networks(
             workload, rows, self.settings, budget_s=max(budget_s - spent, 1.0) * 0.7, emit=self.emit
         )
-        for row in rows:
-            self.put(row)
-        self.describe(key, complete=True, mechanisms=sorted(wanted))
+        with self.store.together():
+            for row in rows:
+                self.put(row)
+            self.describe(key, complete=True, mechanisms=sorted(wanted))
         if checkpoints is not None:
             shutil.rmtree(checkpoints.parent, ignore_errors=True)
 

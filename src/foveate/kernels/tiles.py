@@ -108,7 +108,7 @@ def _prepare(problem: Problem, plan: Any) -> _Work:
         code, tensors, n_items = static_program(problem.where, n_q, n_k, plan.tile, problem.q.device)
         return _Work(Program(code, tensors, n_items), plan, problem, True)
     schedule = plan.schedule
-    # Whether cells share queries is read from their ids, which a traced call does not do; combining is right in either case.
+    # Whether cells share queries is read from their ids, which a traced call does not do: combining is always right.
     alone = not torch.compiler.is_compiling() and schedule.is_single_cell
     return _Work(program(schedule, problem.q.device), plan, problem, alone or schedule.product is not None)
 

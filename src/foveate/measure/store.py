@@ -6,6 +6,8 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,7 @@ class Store:
 
     def __init__(self, path: Path | None, *, fingerprint: dict[str, Any], settings: dict[str, Any]):
         self.path = path
+        self._waiting = False
         self.document: dict[str, Any] = {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
@@ -133,8 +136,19 @@ class Store:
             self.document[name] = plain(value)
         self.save()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Write the changes made inside at once, in the end: with many rows every write takes a while."""
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+            self.save()
+
     def save(self) -> None:
-        """Write the file, if there is one."""
+        """Write the file, if there is one: on one line while the run goes on, which is much quicker."""
         self.document["updated"] = _now()
-        if self.path is not None:
-            write_atomically(self.path, json.dumps(self.document, indent=1, allow_nan=False) + "\n")
+        if self.path is not None and not self._waiting:
+            indent = None if self.document["status"] == "running" else 1
+            write_atomically(self.path, json.dumps(self.document, indent=indent, allow_nan=False) + "\n")
