@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -97,6 +98,9 @@ int launch(Work<Job>& w) {
     w.floats = (w.floats + 15) / 16 * 16;
     w.memory = static_cast<float*>(std::aligned_alloc(64, w.floats * 4 * n_threads));
     if (!w.memory) return 3;
+#if defined(FV_POISON)
+    std::memset(w.memory, 0xff, w.floats * 4 * n_threads);  // NaN: what is read before it is written shows
+#endif
     if (w.job->parallel && n_threads > 1) {
         w.job->parallel(work<Job>, &w, static_cast<unsigned>(n_threads), 0);
     } else {

@@ -127,10 +127,12 @@ struct Channels {
 
     // q * all that is left since the chunk began, for the products with its state.
     void whole_since(int64_t n, float* to) const {
-        for (int64_t i = 0; i < up(n, ROWS); ++i) {
+        const int64_t m = up(n, BLOCK) / BLOCK;
+        for (int64_t i = 0; i < m * BLOCK; ++i) {
             const float* left = before + i / BLOCK * d;
             for (int64_t j = 0; j < d; j += W) store(to + i * d + j, load(q_since + i * d + j) * load(left + j));
         }
+        zero(to + m * BLOCK * d, (up(n, ROWS) - m * BLOCK) * d);
     }
 
     // ---- gradients -----------------------------------------------------------------------------------------------
