@@ -7,6 +7,7 @@ keys, or the minimum and maximum of several keys, whichever fits better.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +21,28 @@ _CHUNK, _PRODUCTS = 1 << 22, 1 << 20
 # Rows of queries that share a table, and how many products of a row take as long as reading a key.
 _ROWS, _READ = 256, 14
 _NEVER = float("-inf")
+
+
+class Part(NamedTuple):
+    """Some query blocks, and what they ask of which units.
+
+    Attributes:
+        asked: rows of the query blocks (B, H, blocks, rows, D).
+        absent: rows that ask nothing (blocks, rows), None for none.
+        units: (B, H_kv, units, width).
+        visible: (blocks,) how many units each query block may see.
+        block_k: units of a key block.
+        paired: whether a unit is a minimum and a maximum, side by side.
+        most: key blocks that any of the query blocks may choose from.
+    """
+
+    asked: Tensor
+    absent: Tensor | None
+    units: Tensor
+    visible: Tensor
+    block_k: int
+    paired: bool
+    most: int
 
 
 class AskedBlocks:
@@ -72,25 +95,16 @@ class AskedBlocks:
         absent = None if self.absent is None else self.absent[first:last]
         visible = torch.tensor(self.visible[first:last], device=device)
         units = self.units[:, :, : self.visible[last - 1]]
-        scorer = kind(self.asked[:, :, first:last], absent, units, visible, self.block_k, self.paired)
-        scorer.most = self.counts[last - 1]
+        asked, most = self.asked[:, :, first:last], self.counts[last - 1]
+        scorer = kind(Part(asked, absent, units, visible, self.block_k, self.paired, most))
         return scorer, torch.tensor(self.counts[first:last], device=device)
 
 
 class Table:
     """Scores of all key blocks for some query blocks: of any row and any key the best product."""
 
-    most: int  # blocks of keys that any of the query blocks may choose from
-
-    def __init__(
-        self,
-        asked: Tensor,
-        absent: Tensor | None,
-        units: Tensor,
-        visible: Tensor,
-        block_k: int,
-        paired: bool,
-    ):
+    def __init__(self, part: Part):
+        asked, absent, units, visible, block_k, paired, self.most = part
         b, h, c, rows, d = asked.shape
         self.lead = asked.shape[:2]
         n, sides = block_count(units.shape[2], block_k), 1 + paired
@@ -136,17 +150,8 @@ class Table:
 class Lookup:
     """Scores single key blocks for query blocks, by the best product of any of their rows."""
 
-    most: int  # blocks of keys that any of the query blocks may choose from
-
-    def __init__(
-        self,
-        asked: Tensor,
-        absent: Tensor | None,
-        units: Tensor,
-        visible: Tensor,
-        block_k: int,
-        paired: bool,
-    ):
+    def __init__(self, part: Part):
+        asked, absent, units, visible, block_k, paired, self.most = part
         self.asked, self.visible, self.block_k, self.paired = asked, visible, block_k, paired
         self.lead = asked.shape[:2]
         self.absent = None if absent is None else absent[:, :, None]

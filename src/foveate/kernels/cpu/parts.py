@@ -34,6 +34,7 @@ from foveate.kernels.cpu.job import (
 from foveate.kernels.cpu.library import SOFTMAX
 from foveate.kernels.cpu.op import PLAIN
 from foveate.kernels.cpu.tiling import by_key, cost, flattened
+from foveate.kernels.merge import merge_shares
 from foveate.kernels.problem import Problem
 from foveate.patterns.schedule import Schedule
 from foveate.scores.rules import Softmax
@@ -182,13 +183,9 @@ def _merge(
     lse: Float32[Tensor, "n"],
 ) -> None:
     """Write what the copies of each query say together; copies in no cell have lse -inf and out 0."""
-    each = lses.view(-1, width)
-    top = each.amax(1)
-    share = (each - top.clamp(min=torch.finfo(top.dtype).min)[:, None]).exp_()
-    total = share.sum(1)
-    lse.copy_(top + total.log())
-    share /= total.clamp(min=torch.finfo(total.dtype).tiny)[:, None]
-    out.copy_(torch.bmm(share[:, None], outs.float().view(-1, width, outs.shape[1]))[:, 0])
+    shares, total = merge_shares(lses.view(-1, width).unbind(1))
+    lse.copy_(total)
+    out.copy_(torch.bmm(shares.T[:, None], outs.float().view(-1, width, outs.shape[1]))[:, 0])
 
 
 def _parts(schedule: Schedule) -> list[Part]:
